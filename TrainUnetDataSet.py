@@ -1,0 +1,38 @@
+"""Train a U-Net on one device: a GPU where there is one, else the CPU.
+
+    python3 TrainUnetDataSet.py
+    python3 TrainUnetDataSet.py --data_path data/train_image --val_count 5 --crop 256 --epochs 100
+    python3 TrainUnetDataSet.py --resume checkpoints/last.safetensors --epochs 200
+
+`diff TrainUnetDataSet.py ddp_train.py` shows what data parallel training takes.
+"""
+
+import engine
+from oneflow import nn, optim
+from oneflow.utils.data import RandomSampler
+from unet import UNet
+
+
+def Train_Unet(args):
+    device = engine.start(args)
+    train_set, val_set = engine.data_sets(args)
+
+    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    optimizer = optim.Adam(net.parameters(), lr=args.lr)
+    criterion = nn.BCEWithLogitsLoss()  # on logits: the net has no sigmoid
+    first_epoch, best = engine.resume(args, net, optimizer)
+    engine.start_log(args, first_epoch)
+
+    sampler = RandomSampler(train_set)
+    loader = engine.make_loader(args, train_set, sampler)
+
+    for epoch in range(first_epoch, args.epochs + 1):
+        engine.seed_epoch(args.seed, epoch)
+        train_set.epoch = epoch
+        trained = engine.train_one_epoch(net, loader, criterion, optimizer, device, epoch)
+        scores = engine.validate(net, val_set, criterion, device)
+        best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
+
+
+if __name__ == "__main__":
+    engine.run(lambda: Train_Unet(engine.parse_args(__doc__)))

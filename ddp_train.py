@@ -1,0 +1,41 @@
+"""Train a U-Net data parallel, one process a device: GPUs where there are some, else the CPU.
+
+    python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
+    python3 -m oneflow.distributed.launch --nproc_per_node 2 ./ddp_train.py --device cpu --crop 256
+
+Every process takes its share of the slices; the gradients are averaged at each step, so that all
+keep the same weights. `diff TrainUnetDataSet.py ddp_train.py` shows all that this takes.
+"""
+
+import engine
+from oneflow import nn, optim
+from oneflow.nn.parallel import DistributedDataParallel as ddp
+from oneflow.utils.data.distributed import DistributedSampler
+from unet import UNet
+
+
+def Train_Unet(args):
+    device = engine.start(args)
+    train_set, val_set = engine.data_sets(args)
+
+    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    net = ddp(net)
+    optimizer = optim.Adam(net.parameters(), lr=args.lr)
+    criterion = nn.BCEWithLogitsLoss()  # on logits: the net has no sigmoid
+    first_epoch, best = engine.resume(args, net, optimizer)
+    engine.start_log(args, first_epoch)
+
+    sampler = DistributedSampler(train_set)
+    loader = engine.make_loader(args, train_set, sampler)
+
+    for epoch in range(first_epoch, args.epochs + 1):
+        sampler.set_epoch(epoch)
+        engine.seed_epoch(args.seed, epoch)
+        train_set.epoch = epoch
+        trained = engine.train_one_epoch(net, loader, criterion, optimizer, device, epoch)
+        scores = engine.validate(net, val_set, criterion, device)
+        best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
+
+
+if __name__ == "__main__":
+    engine.run(lambda: Train_Unet(engine.parse_args(__doc__)))

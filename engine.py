@@ -1,0 +1,528 @@
+"""What the training scripts share word for word: arguments, seeding, one epoch over a loader,
+validation, checkpoints, the log, and how a script ends.
+
+Plain functions. Those that print, write or count know that the process may be one rank of several.
+"""
+
+import argparse
+from dataloader import AUGMENTATIONS, InputError, SelfDataSet
+import json
+import math
+import numpy as np
+import oneflow as flow
+from oneflow.utils.data import DataLoader
+import os
+from pathlib import Path
+import safetensors
+import safetensors.numpy
+import signal
+import sys
+import time
+from tqdm import tqdm
+import traceback
+from unet import MIN_SIDE, UNet
+
+# Importing oneflow installs a C handler with which Ctrl-C ends in a segmentation fault.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+RANK = flow.env.get_rank()
+WORLD_SIZE = flow.env.get_world_size()
+
+# What a resumed run takes over from its checkpoint. Paths are not among them: a checkpoint may
+# come from a stranger, and should not choose which files are written.
+RESUMED = ("epochs", "batch_size", "lr", "base_channels", "bilinear", "crop", "augment", "seed")
+
+# What an interrupt leaves behind: run() says it.
+kept = "no epoch was finished, nothing is kept"
+
+
+# ---------------------------------------------------------------- how a script starts and ends
+
+
+def run(main):
+    """Call `main()` and end the process: 0 done, 2 bad input (one line), 130 interrupted, 1 else.
+
+    Among several ranks a process has to end by `os._exit`: OneFlow's own shutdown waits for the
+    other ranks, which wait for this one.
+    """
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code or 0
+    except KeyboardInterrupt:
+        code = 130
+        if RANK == 0:
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+    except FloatingPointError as error:
+        code = 1
+        complain(error)
+    except InputError as error:
+        code = 2
+        complain(error)
+    except Exception:
+        code = 1
+        complain(traceback.format_exc())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if WORLD_SIZE > 1 and code:
+        os._exit(code)
+    sys.exit(code)
+
+
+def complain(message):
+    """Print to stderr under the script's name, and under the rank's if it isn't 0."""
+    if RANK > 0:
+        time.sleep(1)  # what is wrong on every rank is said once: rank 0's end ends the job
+    who = Path(sys.argv[0]).name + (f" (rank {RANK})" if RANK else "")
+    print(f"{who}: {message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of the usage of twenty flags."""
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def number(kind, minimum, above=False):
+    """An argparse type: a finite int or float from `minimum` (or above it) on."""
+
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < minimum or (above and value == minimum):
+            bound = f"above {minimum}" if above else f"{minimum} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value" where kind(text) fails
+    return parse
+
+
+def parse_args(doc, argv=None):
+    """The training scripts' flags; `doc` is the script's docstring. Raises InputError.
+
+    With --resume, the checkpoint's own training arguments are the defaults.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", default="data/train_image", help="folder or TIFF stack of training slices")
+    add("--label_path", help="their labels (default: data_path with label for image)")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument("--val_path", help="folder or stack of validation slices")
+    held_out.add_argument(
+        "--val_count", type=number(int, 0), default=0, help="hold out the last N training slices"
+    )
+    add("--epochs", type=number(int, 1), default=40, help="train up to this epoch (default: 40)")
+    add("--batch_size", type=number(int, 1), default=1, help="slices a step and device (1)")
+    add("--lr", type=number(float, 0, above=True), default=1e-3, help="Adam's step size (0.001)")
+    add(
+        "--base_channels",
+        type=number(int, 1),
+        help="channels of the first level (default: 64 on a GPU, 16 on a CPU)",
+    )
+    add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
+    add("--crop", type=number(int, MIN_SIDE), help="train on random squares of N pixels")
+    add(
+        "--augment",
+        nargs="*",
+        choices=AUGMENTATIONS,
+        default=list(AUGMENTATIONS),
+        help="random flips and right-angle rotations; no value: none (default: both)",
+    )
+    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--num_workers", type=number(int, 0), default=0, help="processes that read slices (0)")
+    add(
+        "--checkpoint_dir",
+        "--checkpoint",
+        default="checkpoints",
+        help="folder for last.safetensors and best.safetensors (checkpoints)",
+    )
+    add("--resume", metavar="FILE", help="go on from this checkpoint, with its arguments")
+    add(
+        "--log_file",
+        default="Unet_train.txt",
+        help="a loss a line; more goes into the .csv beside it (Unet_train.txt)",
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = load_checkpoint(args.resume)[2].get("arguments", {})
+        args = parser.parse_args(as_flags(saved, args) + argv)
+    return args
+
+
+def as_flags(saved, given):
+    """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
+    names = RESUMED if given.val_path else (*RESUMED, "val_count")
+    flags = []
+    for name in names:
+        value = saved.get(name)
+        if value is True:
+            flags.append(f"--{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def pick_device(name):
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises InputError where there is no GPU."""
+    if name == "cuda" and not flow.cuda.is_available():
+        raise InputError("--device cuda: OneFlow finds no GPU here, use --device cpu")
+    return "cuda" if flow.cuda.is_available() and name != "cpu" else "cpu"
+
+
+def make_folder(path):
+    """Make a folder to write to, where it doesn't exist. Raises InputError if it can't be used."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: can't be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: can't be written to, choose another folder")
+
+
+def start(args):
+    """Check the arguments against the machine, seed, say what will run; returns the device.
+
+    Sets args.base_channels where it was left open. Raises InputError.
+    """
+    if WORLD_SIZE > 1:
+        # The launcher can be killed without its ranks: ask the kernel to end them with it.
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    device = pick_device(args.device)
+    if args.base_channels is None:
+        args.base_channels = 64 if device == "cuda" else 16
+        if device == "cpu" and RANK == 0:
+            print("no GPU in use: 16 base channels; --base_channels 64 is the paper's net")
+    if Path(args.log_file).suffix == ".csv":
+        raise InputError(f"--log_file {args.log_file}: the .csv is written beside it, name a .txt")
+    make_folder(Path(args.checkpoint_dir))
+    make_folder(Path(args.log_file).parent)
+    last = Path(args.checkpoint_dir) / "last.safetensors"
+    if last.exists() and not args.resume and RANK == 0:
+        print(f"{last} is from an earlier run and will be replaced (--resume {last} goes on)")
+    if RANK == 0:
+        print(f"device: {device}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
+    seed_epoch(args.seed, 0)  # for the initial weights
+    return device
+
+
+def seed_epoch(seed, epoch):
+    """Seed OneFlow from (seed, epoch), so that an epoch repeats whatever ran before it."""
+    flow.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+
+
+# -------------------------------------------------------------------- data, training, validation
+
+
+def data_sets(args):
+    """(training set, validation set or None) as the arguments ask. Raises InputError."""
+    keep = slice(None, -args.val_count or None)
+    options = {"augment": args.augment, "crop": args.crop, "seed": args.seed, "keep": keep}
+    train_set = SelfDataSet(args.data_path, args.label_path, **options)
+    val_set = None
+    if args.val_path:
+        val_set = SelfDataSet(args.val_path)
+    elif args.val_count:
+        if not len(train_set):
+            raise InputError(f"--val_count {args.val_count}: {args.data_path} has no more slices")
+        held_out = slice(-args.val_count, None)
+        val_set = SelfDataSet(args.data_path, args.label_path, keep=held_out)
+
+    shapes = set(train_set.shapes)
+    if args.batch_size > 1 and not args.crop and len(shapes) > 1:
+        raise InputError(
+            f"{args.data_path}: slices of {len(shapes)} sizes can't share a batch, "
+            "pass --batch_size 1 or --crop N"
+        )
+    for data_set in (train_set, val_set) if val_set else (train_set,):
+        for name, shape in zip(data_set.names, data_set.shapes, strict=True):
+            if min(shape) < MIN_SIDE:
+                raise InputError(f"slice {name}: {shape} pixels, the net needs {MIN_SIDE} a side")
+    if RANK == 0:
+        print(f"{len(train_set)} training slices, {len(val_set or ())} validation slices")
+    return train_set, val_set
+
+
+def loader_worker(_):
+    """Ctrl-C reaches the whole process group, but only the main process should answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(args, data_set, sampler):
+    """Batches of (image, label), float32 tensors of shape (batch_size, 1, H, W)."""
+    return DataLoader(
+        data_set,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        worker_init_fn=loader_worker,
+    )
+
+
+def sum_over_ranks(*values):
+    """The sums of the numbers over all ranks, as floats."""
+    total = flow.tensor(values, dtype=flow.float64)
+    if WORLD_SIZE > 1:
+        flow.comm.all_reduce(total)
+    return [float(value) for value in total.numpy()]
+
+
+def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
+    """One pass over the loader; returns (mean loss over all ranks' samples, samples, seconds).
+
+    Raises FloatingPointError when the loss is not finite, before it reaches the weights.
+    """
+    began = time.monotonic()
+    net.train()
+    loss_sum, samples = 0.0, 0
+    # disable=None: no bar where stderr is a file
+    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=True if RANK else None)
+    for image, label in bar:
+        loss = criterion(net(image.to(device)), label.to(device))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss became {value} in epoch {epoch}: try a smaller --lr; "
+                "the checkpoint of the epoch before is kept"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_sum += value * len(image)
+        samples += len(image)
+        bar.set_postfix(loss=f"{value:.4f}")
+    if WORLD_SIZE > 1:
+        # Running statistics are each rank's own until the next forward fetches rank 0's. Fetch
+        # them now: validation and checkpoint then see one net.
+        for buffer in net.buffers():
+            flow.comm.broadcast(buffer, 0)
+    loss_sum, samples = sum_over_ranks(loss_sum, samples)
+    return loss_sum / samples, int(samples), time.monotonic() - began
+
+
+def validate(net, val_set, criterion, device):
+    """{"val_loss", "val_misclassification"}, means over the slices; {} without a validation set.
+
+    Misclassification is the share of pixels on the wrong side of P(interior) = 0.5. The ranks
+    share the slices out between them.
+    """
+    if val_set is None:
+        return {}
+    net.eval()
+    loss_sum = error_sum = 0.0
+    with flow.no_grad():
+        for index in range(RANK, len(val_set), WORLD_SIZE):
+            image, label = (flow.tensor(a[None]).to(device) for a in val_set[index])
+            logits = net.forward(image)  # net(image) would wait for ranks that have no slice left
+            loss_sum += criterion(logits, label).item()
+            error_sum += np.mean((logits.numpy() > 0) != (label.numpy() > 0.5))
+    loss_sum, error_sum = sum_over_ranks(loss_sum, error_sum)
+    return {
+        "val_loss": loss_sum / len(val_set),
+        "val_misclassification": error_sum / len(val_set),
+    }
+
+
+# ------------------------------------------------------------------------- checkpoints and log
+
+
+def write_whole(path, data):
+    """Write bytes so that `path` holds either what it held or all of `data`, even after a crash."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def save_checkpoint(path, net, optimizer, args, epoch, best):
+    """Write net, optimizer and what rebuilds them to one safetensors file.
+
+    epoch is the next one to run, best the metadata of the best epoch so far.
+    """
+    tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    names = [name for name, _ in net.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    for index, name in enumerate(names):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{moment}.{name}"] = state[index][moment].numpy()
+    metadata = {
+        "epoch": epoch,
+        "best": best,
+        "model": {
+            name: getattr(net, name)
+            for name in ("n_channels", "n_classes", "bilinear", "base_channels")
+        },
+        "normalisation": "each slice to mean 0 and standard deviation 1",
+        "threshold": 0.5,
+        "optimizer_step": state["step"],
+        "arguments": vars(args),
+        "versions": {"oneflow": flow.__version__, "numpy": np.__version__},
+    }
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    write_whole(path, safetensors.numpy.save(tensors, metadata))
+
+
+def load_checkpoint(path, trust_pickle=False):
+    """Read a checkpoint -> (net tensors, optimizer tensors, metadata); runs no code from it.
+
+    The tensors are dicts of NumPy arrays under their state-dict names, the metadata is a dict,
+    empty for a file of bare weights. A folder written by `flow.save` is unpickled, which runs
+    whatever code it holds, so that needs `trust_pickle`. Raises InputError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not trust_pickle:
+            raise InputError(
+                f"{path}: a folder of flow.save runs code when it is loaded; "
+                "if you trust where it comes from, pass --trust_pickle"
+            )
+        try:
+            state = flow.load(str(path))
+            return {name: tensor.numpy() for name, tensor in state.items()}, {}, {}
+        except Exception as error:  # whatever unpickling brings up
+            raise InputError(f"{path}: not a state dict of flow.save ({error!r})") from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train one first, with bash train.sh")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    return tensors, optimizer, metadata
+
+
+def fill(path, net, tensors):
+    """Load a checkpoint's net tensors into the net. Raises InputError where they don't fit."""
+    own = net.state_dict()
+    odd = set(own) ^ set(tensors) or {n for n in own if tuple(own[n].shape) != tensors[n].shape}
+    odd = odd or {n for n in own if not np.isfinite(tensors[n]).all()}
+    if odd:
+        raise InputError(
+            f"{path}: doesn't hold this U-Net: {len(odd)} tensors missing, unknown, of another "
+            f"shape or not finite, among them {min(odd)}"
+        )
+    # tensor(), not from_numpy(): the array's memory is not ours to keep
+    net.load_state_dict({n: flow.tensor(tensors[n], dtype=own[n].dtype) for n in own})
+
+
+def net_of_checkpoint(path, trust_pickle=False):
+    """Rebuild the net that a checkpoint holds -> (net, metadata). Raises InputError.
+
+    Bare weights, such as a PyTorch U-Net's, tell the architecture by their names and shapes.
+    """
+    tensors, _, metadata = load_checkpoint(path, trust_pickle)
+    try:
+        first, last = tensors["inc.double_conv.0.weight"], tensors["outc.conv.weight"]
+        net = UNet(first.shape[1], last.shape[0], "up1.up.weight" not in tensors, first.shape[0])
+    except (KeyError, IndexError):
+        raise InputError(f"{path}: doesn't hold a U-Net's weights") from None
+    fill(path, net, tensors)
+    return net, metadata
+
+
+def resume(args, net, optimizer):
+    """Load args.resume, where given, into net and optimizer; returns (first epoch, best).
+
+    Raises InputError where the checkpoint holds another net or only weights.
+    """
+    if not args.resume:
+        return 1, None
+    tensors, moments, metadata = load_checkpoint(args.resume)
+    if not moments or "optimizer_step" not in metadata:
+        raise InputError(f"{args.resume}: holds weights only, which is not enough to go on from")
+    fill(args.resume, net, tensors)
+    state = optimizer.state_dict()
+    try:
+        for index, (name, _) in enumerate(net.named_parameters()):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                values = moments[f"optimizer.{moment}.{name}"]
+                state["state"][index][moment] = flow.tensor(values)
+        state["state"]["step"] = metadata["optimizer_step"]
+        epoch, best = metadata["epoch"], metadata["best"]
+    except KeyError as error:
+        raise InputError(f"{args.resume}: lacks {error}, which resuming needs") from None
+    optimizer.load_state_dict(state)
+    if RANK == 0:
+        print(f"resuming {args.resume} at epoch {epoch}")
+        if epoch > args.epochs:
+            print(f"epoch {args.epochs} is done already, a larger --epochs trains on")
+    return epoch, best
+
+
+COLUMNS = ("epoch", "train_loss", "val_loss", "val_misclassification", "lr", "seconds")
+COLUMNS += ("images_per_second",)
+
+
+def start_log(args, first_epoch):
+    """Empty the log and its CSV, or cut them to the epochs before the first one to run."""
+    if RANK:
+        return
+    log = Path(args.log_file)
+    for path, header in ((log, []), (log.with_suffix(".csv"), [",".join(COLUMNS)])):
+        old = path.read_text().splitlines() if first_epoch > 1 and path.exists() else []
+        lines = header + old[len(header) : len(header) + first_epoch - 1]
+        write_whole(path, "".join(line + "\n" for line in lines).encode())
+
+
+def append(path, line):
+    """Add one line to a file, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
+    """Log an epoch and write its checkpoints; returns the new best.
+
+    trained: what train_one_epoch returned; scores: what validate returned; best: {"epoch",
+    "loss", "by"} of the epoch with the lowest validation (else training) loss, None before.
+    """
+    global kept
+    train_loss, samples, seconds = trained
+    by = "val_loss" if scores else "train_loss"
+    loss = scores.get(by, train_loss)
+    improved = best is None or best["by"] != by or loss < best["loss"]
+    if improved:
+        best = {"epoch": epoch, "loss": loss, "by": by}
+    if RANK:
+        return best
+
+    line = f"epoch: {epoch} avg loss: {train_loss:.6f} time: {seconds:.0f} s"
+    line += "".join(f" {name.replace('_', ' ')}: {value:.4f}" for name, value in scores.items())
+    print(line + (f" (best {by.replace('_', ' ')})" if improved else ""), flush=True)
+    row = {
+        "epoch": epoch,
+        "train_loss": f"{train_loss:.6f}",
+        "lr": args.lr,
+        "seconds": f"{seconds:.2f}",
+        "images_per_second": f"{samples / seconds:.3f}",
+        **{name: f"{value:.6f}" for name, value in scores.items()},
+    }
+    # The log goes first: resuming cuts it to the checkpoint's epoch, but can't make up a line.
+    append(args.log_file, f"{train_loss:.4f}")
+    append(Path(args.log_file).with_suffix(".csv"), ",".join(str(row.get(c, "")) for c in COLUMNS))
+    folder = Path(args.checkpoint_dir)
+    if improved:
+        save_checkpoint(folder / "best.safetensors", net, optimizer, args, epoch + 1, best)
+    last = folder / "last.safetensors"
+    save_checkpoint(last, net, optimizer, args, epoch + 1, best)
+    kept = f"epoch {epoch} is in {last}, go on with --resume {last}"
+    return best

@@ -1,0 +1,120 @@
+# Makes and activates the Python environment. Sourced, not run:
+#
+#     source env.sh
+#
+# The first time it finds (or installs) CPython 3.10, the newest that oneflow 0.9.0 supports, makes
+# .venv beside this file and installs requirements.txt into it, about 5 GB. A complete environment
+# carries .venv/ready, which names the requirements that it holds; without that, or after a change
+# of requirements.txt, it is made anew. Everything is in functions, so that a shell that sources
+# this file keeps its options and goes on when something fails.
+
+unet_say() { echo "env.sh: $*" >&2; }
+
+# Prints the path of a CPython 3.10 that starts and can make environments. A name on PATH proves
+# nothing: pyenv's shims refuse versions that are not selected.
+unet_find_python() {
+    local candidate
+    {
+        type -aP python3.10 python3 python
+        ls -d "$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")"/versions/3.10.*/bin/python3.10
+        command -v uv >/dev/null && uv python find --system --no-python-downloads 3.10
+    } 2>/dev/null | while read -r candidate; do
+        if "$candidate" -c '
+import ensurepip, ssl, sys, venv
+sys.exit(sys.version_info[:2] != (3, 10) or sys.implementation.name != "cpython")
+' 2>/dev/null; then
+            echo "$candidate"
+            break
+        fi
+    done
+}
+
+# Installs CPython 3.10 with uv, itself fetched into a scratch folder where it is missing.
+unet_install_python() {
+    local uv scratch python
+    uv=$(command -v uv)
+    scratch=$(mktemp -d)
+    if [ -z "$uv" ]; then
+        for python in $(type -aP python3 python); do
+            "$python" -m pip install --quiet --target "$scratch" uv 2>/dev/null && break
+        done
+        uv=$scratch/bin/uv
+    fi
+    "$uv" python install 3.10 2>/dev/null && "$uv" python find --system --no-python-downloads 3.10
+    rm -rf "$scratch"
+}
+
+# Prints the OpenBLAS kernels that multiply matrices fastest here, in OneFlow and NumPy together.
+# OneFlow's old OpenBLAS doesn't know recent CPUs and would fall back to slow ones; kernels that
+# the CPU lacks kill the process that tries them.
+unet_measure_blas() {
+    local core
+    for core in "" Haswell SkylakeX; do
+        OPENBLAS_CORETYPE=$core .venv/bin/python - "$core" 2>/dev/null <<'PYTHON'
+import sys
+import timeit
+
+import numpy
+import oneflow
+
+a = numpy.ones((1024, 1024), numpy.float32)
+x = oneflow.tensor(a)
+seconds = [min(timeit.repeat(f, number=1)) for f in (lambda: a @ a, lambda: (x @ x).numpy())]
+print(sum(seconds), *sys.argv[1:])
+PYTHON
+    done | sort -g | head -n 1 | cut -d ' ' -f 2
+}
+
+unet_make() {
+    local python
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        unet_say "oneflow 0.9.0 exists for Linux on x86-64 only, this is $(uname -sm)"
+        return 1
+    fi
+    python=$(unet_find_python)
+    if [ -z "$python" ]; then
+        unet_say "no CPython 3.10 found, installing one with uv"
+        python=$(unet_install_python)
+    fi
+    if [ -z "$python" ]; then
+        unet_say "can't find or fetch CPython 3.10: install it (python3.10 and python3.10-venv, or 'pyenv install 3.10') and run this again"
+        return 1
+    fi
+    [ ! -e .venv ] || unet_say "$PWD/.venv is incomplete or out of date, making it anew"
+    unet_say "making .venv with $python ($("$python" --version)), a few minutes and 5 GB"
+    rm -rf .venv
+    "$python" -m venv .venv &&
+        .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
+            -r requirements.txt >&2 &&
+        .venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib' 2>/dev/null || {
+        unet_say "installing requirements.txt into .venv failed (network? disk space?), run this again"
+        return 1
+    }
+    unet_measure_blas >.venv/blas
+    unet_say "fastest BLAS kernels here: $(cat .venv/blas | grep . || echo "OpenBLAS's own choice")"
+    unet_requirements >.venv/ready
+}
+
+unet_requirements() { sha256sum <requirements.txt; }
+
+unet_env() {
+    local before=$PWD failed=0
+    cd "$(dirname "${BASH_SOURCE[0]}")" || return
+    if [ "$(cat .venv/ready 2>/dev/null)" != "$(unet_requirements)" ]; then
+        # One at a time: a second shell waits, then finds the environment ready.
+        (
+            flock 9
+            [ "$(cat .venv/ready 2>/dev/null)" = "$(unet_requirements)" ] || unet_make
+        ) 9>.venv.lock || failed=1
+    fi
+    if [ $failed = 0 ]; then
+        source .venv/bin/activate
+        export GLOG_minloglevel=2 # no warnings about a missing CUDA driver
+        local blas=${OPENBLAS_CORETYPE:-$(cat .venv/blas)}
+        [ -z "$blas" ] || export OPENBLAS_CORETYPE=$blas
+    fi
+    cd "$before" || return
+    return $failed
+}
+
+unet_env

@@ -1,0 +1,369 @@
+"""data/prepare.py: python3 -m pytest tests/test_prepare.py (needs no network)."""
+
+import cv2
+import hashlib
+import http.server
+import importlib.util
+import json
+import numpy as np
+import os
+from pathlib import Path
+import pytest
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
+STACKS = {
+    "train-volume.tif": "train_image",
+    "train-labels.tif": "train_label",
+    "test-volume.tif": "test_image",
+}
+# Runs the script after setting constants in it. With "kill" = n the process kills itself, as
+# kill -9 would, at its n-th step that changes a file or folder.
+DRIVER = """
+import importlib.util, json, os, sys
+spec = importlib.util.spec_from_file_location("prepare", sys.argv[1])
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+patches = json.loads(sys.argv[2])
+steps = patches.pop("kill", None)
+for name, value in patches.items():
+    setattr(prepare, name, value)
+def hook(event, args):
+    global steps
+    writes = event == "open" and args[1] in ("w", "wb")
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        steps -= 1
+        if steps < 0:
+            os.kill(os.getpid(), 9)
+if steps is not None:
+    sys.addaudithook(hook)
+sys.exit(prepare.main(sys.argv[3:]))
+"""
+
+
+def command(*args, **patches):
+    start = ["-c", DRIVER, SCRIPT, json.dumps(patches)] if patches else [SCRIPT]
+    return [sys.executable, *map(str, start), *map(str, args)]
+
+
+def run(*args, preexec_fn=None, **patches):
+    return subprocess.run(
+        command(*args, **patches),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=preexec_fn,
+    )
+
+
+def tree(folder):
+    """Every path below `folder`, hidden ones too, with the bytes of the files."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in paths}
+
+
+def one_line(text):
+    return text.endswith("\n") and text.count("\n") == 1 and "Traceback" not in text
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The challenge's archive with small slices, as a folder and as a zip, and its digests."""
+    base = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    stacks = {name: rng.integers(0, 256, (2, 48, 64), np.uint8) for name in STACKS}
+    (base / "folder").mkdir()
+    for name, stack in stacks.items():
+        assert cv2.imwritemulti(str(base / "folder" / name), list(stack))
+    with zipfile.ZipFile(base / "tiny.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in STACKS:
+            archive.write(base / "folder" / name, f"ISBI/{name}")
+            archive.writestr(f"__MACOSX/ISBI/{name}", b"not this one")
+    digests = {name: hashlib.sha256(stack.tobytes()).hexdigest() for name, stack in stacks.items()}
+    return base, stacks, digests
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    """A web server on 127.0.0.1: /tiny.zip is whole, /short.zip breaks off, /hang never answers."""
+    body = (tiny[0] / "tiny.zip").read_bytes()
+    over = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/hang":
+                over.wait()
+            elif self.path in ("/tiny.zip", "/short.zip"):
+                self.send_response(200)
+                missing = 1000 if self.path == "/short.zip" else 0
+                self.send_header("Content-Length", str(len(body) + missing))
+                self.end_headers()
+                self.wfile.write(body)
+            else:
+                self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        over.set()
+        httpd.shutdown()
+
+
+@pytest.fixture
+def prepare(tiny, monkeypatch):
+    """The script as a module that takes the tiny archive for ISBI 2012."""
+    spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DIGESTS", tiny[2])
+    return module
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """The sample made twice, by two processes."""
+    outs = [tmp_path_factory.mktemp("sample") for _ in range(2)]
+    runs = [
+        subprocess.Popen(command("sample", "--out", out), stdout=subprocess.PIPE, text=True)
+        for out in outs
+    ]
+    return outs, [process.communicate()[0] for process in runs], [p.returncode for p in runs]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A data folder with an old sample, reduced to one slice each, and a file of the user's."""
+    out = tmp_path / "data"
+    for name in ("train_image", "train_label", "test_image", "test_label"):
+        (out / name).mkdir(parents=True)
+        (out / name / "0.png").write_bytes(b"old")
+    (out / "source.txt").write_text("synthetic sample\n")
+    (out / "notes.txt").write_text("mine\n")
+    return out
+
+
+def assert_isbi(out, stacks):
+    names = {"train_image", "train_label", "test_image", "source.txt"}
+    assert {p.name for p in out.iterdir()} == names | {"notes.txt"}
+    assert (out / "source.txt").read_text() == "isbi2012\n"
+    for name, folder in STACKS.items():
+        assert len(list((out / folder).iterdir())) == len(stacks[name])
+        for i, image in enumerate(stacks[name]):
+            written = cv2.imread(str(out / folder / f"{i}.png"), cv2.IMREAD_UNCHANGED)
+            np.testing.assert_array_equal(written, image)
+
+
+@pytest.mark.parametrize("kind", ["url", "tiny.zip", "folder"])
+def test_isbi_from_any_source(kind, tiny, server, out):
+    """`prepare.py isbi` takes a URL, a zip or a folder, and takes the place of the sample."""
+    base, stacks, digests = tiny
+    source = f"{server}/tiny.zip" if kind == "url" else base / kind
+    done = run("isbi", "--source", source, "--out", out, DIGESTS=digests)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "non-commercial" in done.stdout
+    assert "10.1371/journal.pbio.1000502" in done.stdout
+    assert "10.3389/fnana.2015.00142" in done.stdout
+    assert_isbi(out, stacks)
+
+
+FAILURES = {
+    "not found": ("{server}/nothing.zip", "404"),
+    "connection refused": ("http://127.0.0.1:1/x.zip", "refused"),
+    "body breaks off": ("{server}/short.zip", "broke off"),
+    "server never answers": ("{server}/hang", "timed out"),
+    "zip breaks off": ("{tmp}/half.zip", "not a whole zip"),
+    "zip damaged inside": ("{tmp}/damaged.zip", "not a whole zip"),
+    "other pixels": ("{tmp}/other.zip", "train-labels.tif"),
+    "stack missing": ("{tmp}/missing", "test-volume.tif"),
+    "not a TIFF": ("{tmp}/html", "train-volume.tif"),
+    "TIFF damaged": ("{tmp}/damaged", "train-volume.tif"),
+    "no such file": ("{tmp}/nowhere.zip", "No such file"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_isbi_failure_is_one_line_and_changes_nothing(failure, tiny, server, out, tmp_path):
+    """Any failed `prepare.py isbi` says in one line what to do and leaves the data as it was."""
+    base, _, digests = tiny
+    body = (base / "tiny.zip").read_bytes()
+    (tmp_path / "half.zip").write_bytes(body[: len(body) // 2])
+    data = 30 + len("ISBI/train-volume.tif")  # where the first member's compressed data begin
+    (tmp_path / "damaged.zip").write_bytes(body[:data] + b"\xff" + body[data + 1 :])
+    (tmp_path / "other.zip").write_bytes(body)
+    if failure == "other pixels":
+        digests = {**digests, "train-labels.tif": "0" * 64}
+    for name in ("missing", "html", "damaged"):
+        shutil.copytree(base / "folder", tmp_path / name)
+    (tmp_path / "missing" / "test-volume.tif").unlink()
+    (tmp_path / "html" / "train-volume.tif").write_text("<html>Please log in</html>")
+    tiff = bytearray((base / "folder" / "train-volume.tif").read_bytes())
+    tiff[int.from_bytes(tiff[4:8], "little") + 42] = 255  # bits per pixel; OpenCV logs an error
+    (tmp_path / "damaged" / "train-volume.tif").write_bytes(tiff)
+
+    source, said = FAILURES[failure]
+    source = source.format(server=server, tmp=tmp_path)
+    before = tree(tmp_path)
+    done = run("isbi", "--source", source, "--out", out, DIGESTS=digests, TIMEOUT=1)
+    assert done.returncode == 2
+    assert one_line(done.stderr), done.stderr
+    assert source in done.stderr and said in done.stderr and "--source FILE" in done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_full_disk_changes_nothing(tiny, out, tmp_path):
+    """When the disk is full, one line says so, and neither data nor temporary files are left."""
+    base, _, digests = tiny
+    before = tree(tmp_path)
+    for target in (out, tmp_path / "new", tmp_path / "data" / "notes.txt" / "below a file"):
+        done = run(
+            *("isbi", "--source", base / "tiny.zip", "--out", target),
+            DIGESTS=digests,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        )
+        assert done.returncode == 2
+        assert one_line(done.stderr) and f"cannot write {target}" in done.stderr, done.stderr
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error, code", [(OSError("no"), 2), (KeyboardInterrupt(), 130)])
+def test_failed_swap_is_swapped_back(error, code, prepare, tiny, out, monkeypatch, capsys):
+    """The old data come back when any rename fails or is interrupted."""
+    rename = os.rename
+    before = tree(out)
+    for fail_at in range(9):  # five old names leave, four new ones come
+        calls = iter(range(100))
+
+        def failing(here, there, calls=calls, fail_at=fail_at):
+            if next(calls) == fail_at:
+                raise error
+            rename(here, there)
+
+        monkeypatch.setattr(prepare.os, "rename", failing)
+        assert (
+            prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)]) == code
+        )
+        assert one_line(capsys.readouterr().err)
+        assert tree(out) == before
+    assert next(calls) > 9  # the last one was reached
+
+
+def test_killed_anywhere_a_rerun_repairs(prepare, tiny, out, tmp_path):
+    """After kill -9 at any step the data are whole or missing, and a rerun repairs them."""
+    base, stacks, digests = tiny
+    old = tree(out)
+    for step in range(100):
+        data = tmp_path / f"data{step}"
+        shutil.copytree(out, data)
+        args = ["isbi", "--source", str(base / "folder"), "--out", str(data)]
+        killed = run(*args, DIGESTS=digests, kill=step)
+        if (data / "train_image").exists():  # what train.sh looks at
+            assert (data / "source.txt").exists()
+            left = {k: v for k, v in tree(data).items() if not k.startswith(".preparing")}
+            if left != old:
+                assert (data / "source.txt").read_text() == "isbi2012\n"
+                assert len(left) == 3 * 3 + 2
+        assert prepare.main(args) == 0
+        assert_isbi(data, stacks)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL
+    assert step > 20
+
+
+def test_interrupt(server, out):
+    """Ctrl-C during the download: one line, exit code 130, the data as they were."""
+    before = tree(out)
+    args = command("isbi", "--source", f"{server}/hang", "--out", out)
+    # A shell that runs pytest in the background makes it, and so its children, ignore SIGINT.
+    process = subprocess.Popen(
+        args,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    process.stdout.readline()  # the terms are printed before the download begins
+    process.send_signal(signal.SIGINT)
+    assert one_line(process.communicate(timeout=20)[1])
+    assert process.returncode == 130
+    assert tree(out) == before
+
+
+def test_live_runs_keep_their_folder(prepare, tiny, out):
+    """Leftovers of killed runs go; the temporary folder of a run that still goes on stays."""
+    (out / f".preparing-{os.getppid()}").mkdir()
+    (out / ".preparing-999999999").mkdir()
+    assert prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)]) == 0
+    assert [p.name for p in out.glob(".preparing-*")] == [f".preparing-{os.getppid()}"]
+
+
+@pytest.mark.parametrize(
+    "args, name, marker",
+    [
+        (["sample"], "train_image", None),
+        (["isbi", "--source", "http://127.0.0.1:1/x"], "train_label", None),
+        (["isbi", "--source", "http://127.0.0.1:1/x"], "test_image", "my microscope\n"),
+        (["sample"], "test_label", "isbi2012\n"),  # ISBI has none, so somebody put it there
+    ],
+)
+def test_own_folders_are_refused(args, name, marker, tmp_path):
+    """Folders that the script did not make are refused and not touched."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.png").write_bytes(b"mine")
+    if marker:
+        (tmp_path / "source.txt").write_text(marker)
+    before = tree(tmp_path)
+    done = run(*args, "--out", tmp_path)
+    assert done.returncode == 2
+    assert one_line(done.stderr) and name in done.stderr and "--out DIR" in done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_bad_arguments_are_one_line():
+    """Exit codes: 2 for bad arguments, with one line on stderr."""
+    for args in ([], ["nonsense"], ["isbi", "--nonsense"]):
+        done = run(*args)
+        assert done.returncode == 2 and one_line(done.stderr)
+
+
+def read(folder, count):
+    names = [folder / f"{i}.png" for i in range(count)]
+    assert sorted(folder.iterdir()) == sorted(names)
+    return np.stack([cv2.imread(str(name), cv2.IMREAD_UNCHANGED) for name in names])
+
+
+def test_sample(samples):
+    """`prepare.py sample` makes the same labelled slices each time and says they are synthetic."""
+    outs, printed, codes = samples
+    assert codes == [0, 0] and "SYNTHETIC" in printed[0]
+    assert tree(outs[0]) == tree(outs[1])
+    assert (outs[0] / "source.txt").read_text() == "synthetic sample\n"
+    for part, count in (("train", 20), ("test", 5)):
+        images = read(outs[0] / f"{part}_image", count)
+        labels = read(outs[0] / f"{part}_label", count)
+        assert images.shape == labels.shape == (count, 256, 256)
+        assert images.dtype == labels.dtype == np.uint8
+        assert set(np.unique(labels)) == {0, 255}
+        assert 0.18 < (labels == 0).mean() < 0.26
+        # Membrane is dark, so the polarity is right; and as in real tissue there is no grey level
+        # that parts the two (all interior alone scores 0.22).
+        assert images[labels == 255].mean() - images[labels == 0].mean() > 30
+        errors = []
+        for image, label in zip(images, labels, strict=True):
+            blurred = cv2.GaussianBlur(image, (0, 0), 2)
+            errors.append(min(((blurred > t) != (label > 0)).mean() for t in range(256)))
+        assert np.mean(errors) > 0.12
