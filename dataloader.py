@@ -177,11 +177,11 @@ class SelfDataSet(Dataset):
                 label_shape = read_label(*label).shape
                 if label_shape != shape:
                     raise InputError(f"{label[0]}: {label_shape}, but its slice has {shape} pixels")
+                self.names.append(name)
+                self.shapes.append(shape)
+                self.pairs.append(((file, page), label))
             except InputError as error:
                 problems.append(str(error))
-            self.names.append(name)
-            self.shapes.append(shape)
-            self.pairs.append(((file, page), label))
         if problems:
             raise InputError("; ".join(problems))
         if crop and crop > min(map(min, self.shapes), default=crop):

@@ -25,7 +25,7 @@ def Train_Unet(args):
     first_epoch, best = engine.resume(args, net, optimizer)
     engine.start_log(args, first_epoch)
 
-    sampler = DistributedSampler(train_set)
+    sampler = DistributedSampler(train_set, seed=args.seed)
     loader = engine.make_loader(args, train_set, sampler)
 
     for epoch in range(first_epoch, args.epochs + 1):

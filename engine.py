@@ -213,8 +213,10 @@ def start(args):
 
 
 def seed_epoch(seed, epoch):
-    """Seed OneFlow from (seed, epoch), so that an epoch repeats whatever ran before it."""
-    flow.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    """Seed everything from (seed, epoch), so that an epoch repeats whatever ran before it."""
+    number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    flow.manual_seed(number)
+    np.random.seed(number)  # OneFlow's RandomSampler draws from NumPy
 
 
 # -------------------------------------------------------------------- data, training, validation
@@ -507,7 +509,6 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
 
     line = f"epoch: {epoch} avg loss: {train_loss:.6f} time: {seconds:.0f} s"
     line += "".join(f" {name.replace('_', ' ')}: {value:.4f}" for name, value in scores.items())
-    print(line + (f" (best {by.replace('_', ' ')})" if improved else ""), flush=True)
     row = {
         "epoch": epoch,
         "train_loss": f"{train_loss:.6f}",
@@ -525,4 +526,5 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
     last = folder / "last.safetensors"
     save_checkpoint(last, net, optimizer, args, epoch + 1, best)
     kept = f"epoch {epoch} is in {last}, go on with --resume {last}"
+    print(line + (f" (best {by.replace('_', ' ')})" if improved else ""), flush=True)
     return best

@@ -1,0 +1,116 @@
+"""Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
+
+from conftest import write_pairs
+import cv2
+from dataloader import InputError, SelfDataSet, augment, list_slices, normalise, read_slice
+import numpy as np
+import pytest
+
+
+def test_pairs_shapes_and_values(slices):
+    """An item is (image, label), float32 (1, H, W): image normalised, label 0 or 1, white = 1."""
+    data = SelfDataSet(slices)
+    assert len(data) == 6 and data.shapes == [(48, 64)] * 6
+    image, label = data[2]
+    assert image.dtype == label.dtype == np.float32
+    assert image.shape == label.shape == (1, 48, 64)
+    assert abs(image.mean()) < 1e-5 and abs(image.std() - 1) < 1e-4
+    assert set(np.unique(label)) == {0, 1}
+    assert image[label == 1].mean() > image[label == 0].mean()  # membranes are dark
+
+
+def test_natural_order(tmp_path):
+    """2.png comes before 10.png, in training, predicting and the challenge's stack."""
+    write_pairs(tmp_path, 12)
+    assert SelfDataSet(tmp_path / "train_image").names == [str(i) for i in range(12)]
+    held_out = SelfDataSet(tmp_path / "train_image", keep=slice(-2, None))
+    assert held_out.names == ["10", "11"]
+
+
+def test_every_problem_is_listed(slices):
+    """Missing, unreadable, mismatched and grey labels are all named at once, when constructing."""
+    labels = slices.with_name("train_label")
+    (labels / "0.png").unlink()
+    whole = (labels / "1.png").read_bytes()
+    (labels / "1.png").write_bytes(whole[: len(whole) // 2])
+    cv2.imwrite(str(labels / "2.png"), np.eye(40, 64) * 255)
+    cv2.imwrite(str(labels / "3.png"), np.eye(48, 64) * 255 + np.eye(48, 64, 3) * 100)
+    (slices / "4.png").write_bytes(b"not an image")
+    cv2.imwrite(str(labels / "5.png"), np.full((48, 64), 255))
+    with pytest.raises(InputError) as caught:
+        SelfDataSet(slices)
+    for i, said in enumerate(("no label", "can't be read", "40", "3 grey values", "read", "1 grey")):
+        assert f"{i}.png" in str(caught.value) and said in str(caught.value)
+
+
+def test_bit_depth_colour_and_stacks(slices, tmp_path, capfd):
+    """8 or 16 bit, grey or colour, files or a multi-page TIFF: the pairs come out the same."""
+    pairs = [SelfDataSet(slices)[i] for i in range(6)]
+    images = [read_slice(slices / f"{i}.png") for i in range(6)]
+    labels = [read_slice(slices.with_name("train_label") / f"{i}.png") for i in range(6)]
+    other = tmp_path / "other"
+    for name in ("image", "label", "stack"):
+        (other / name).mkdir(parents=True)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        cv2.imwrite(str(other / f"image/{i}.tif"), image.astype(np.uint16) * 257)
+        # two values, but not 0 and 255, and in colour
+        cv2.imwrite(str(other / f"label/{i}.tif"), cv2.merge([label // 255 * 40 + 7] * 3))
+    cv2.imwritemulti(str(other / "stack/volume.tif"), images)
+    cv2.imwritemulti(str(other / "stack/labels.tif"), labels)
+    stack = SelfDataSet(other / "stack/volume.tif", other / "stack/labels.tif")
+    assert stack.names == [f"volume_{i}" for i in range(6)]
+    for data in (SelfDataSet(other / "image"), stack):
+        for (image, label), (expected_image, expected_label) in zip(data, pairs, strict=True):
+            np.testing.assert_allclose(image, expected_image, atol=1e-4)
+            np.testing.assert_array_equal(label, expected_label)
+    assert capfd.readouterr().err == ""
+
+
+def test_augmentation_is_joint_and_moves_pixels():
+    """Flips, turns and crops act on (H, W), alike on image and label, and reach all 8 symmetries."""
+    image = np.arange(36, dtype=np.float32).reshape(6, 6)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        a, b = augment(image, image + 100, rng, ("flip", "rotate"), None)
+        np.testing.assert_array_equal(a + 100, b)
+        seen.add(a.tobytes())
+    symmetries = [np.rot90(f, k).tobytes() for f in (image, image.T) for k in range(4)]
+    assert seen == set(symmetries)
+    for kinds, count in ((("flip",), 4), (("rotate",), 4), ((), 1)):
+        views = {augment(image, image, rng, kinds, None)[0].tobytes() for _ in range(100)}
+        assert len(views) == count
+    corners = {augment(image, image, rng, (), 4)[0][0, 0] for _ in range(200)}
+    assert corners == {0, 1, 2, 6, 7, 8, 12, 13, 14}
+    oblong, _ = augment(image[:4], image[:4], rng, ("rotate",), None)
+    assert oblong.shape == (4, 6)  # batches need one shape
+
+
+def test_augmentation_repeats_by_seed_epoch_and_index(slices):
+    """None by default; with it, an item depends on (seed, epoch, index) and on nothing else."""
+    plain = SelfDataSet(slices)
+    np.testing.assert_array_equal(plain[0][0][0], normalise(read_slice(slices / "0.png")))
+    data = SelfDataSet(slices, augment=("flip", "rotate"), crop=32)
+    first = data[1]
+    data[0]
+    np.testing.assert_array_equal(data[1][0], first[0])
+    assert first[0].shape == first[1].shape == (1, 32, 32)
+    data.epoch = 1
+    assert not np.array_equal(data[1][0], first[0])
+    other = SelfDataSet(slices, augment=("flip", "rotate"), crop=32, seed=1)
+    assert not np.array_equal(other[1][0], first[0])
+
+
+def test_unusable_folders(tmp_path, slices):
+    """A missing or empty folder, a twin name, a large crop: an InputError says what is wrong."""
+    (tmp_path / "empty_image").mkdir()
+    for path, said in ((tmp_path / "nowhere", "no such"), (tmp_path / "empty_image", "no image")):
+        with pytest.raises(InputError, match=said):
+            list_slices(path)
+    with pytest.raises(InputError, match="crop of 49"):
+        SelfDataSet(slices, crop=49)
+    with pytest.raises(InputError, match="--label_path"):
+        SelfDataSet(slices / "0.png")
+    (slices / "0.tif").write_bytes((slices / "0.png").read_bytes())
+    with pytest.raises(InputError, match="same name"):
+        list_slices(slices)

@@ -1,0 +1,129 @@
+"""Prediction as a user runs it: python3 -m pytest tests/test_predict.py"""
+
+from conftest import one_line, script, train, write_pairs
+import cv2
+from dataloader import normalise, read_slice
+import engine
+import numpy as np
+import oneflow as flow
+from PIL import Image
+import predict_unet_test
+import pytest
+from unet import UNet
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a checkpoint that has learnt the tiny slices, and twelve of them to predict."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder / "data", 4)
+    train("--epochs", 15, "--lr", 0.01, "--batch_size", 2, cwd=folder)
+    write_pairs(folder / "new", 12, shape=(50, 70), seed=1)
+    return folder
+
+
+def predict(*args, cwd):
+    return script("predict_unet_test.py", "--device", "cpu", *args, cwd=cwd)
+
+
+def test_files_and_values(trained):
+    """One probability, mask and overlay for each slice, and a stack in numeric order."""
+    given = ("--Test_Data_path", "new/train_image", "--save_res_path", "a/b", "--threshold", 0.4)
+    done = predict(*given, "--stack", "a/stack.tif", cwd=trained)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    kinds = ("prob", "mask", "overlay")
+    names = {f"{i}_{kind}.png" for i in range(12) for kind in kinds}
+    assert {path.name for path in (trained / "a/b").iterdir()} == names
+
+    net, _ = engine.net_of_checkpoint(trained / "checkpoints/best.safetensors")
+    net.eval()
+    stack = Image.open(trained / "a/stack.tif")  # not by the library that wrote it
+    assert stack.n_frames == 12 and stack.mode == "F"
+    errors = []
+    for i in range(12):
+        slice_file = trained / f"new/train_image/{i}.png"
+        image = normalise(read_slice(slice_file))
+        with flow.no_grad():
+            logits = net(flow.tensor(image[None, None])).numpy()[0, 0].astype(np.float64)
+        expected = 1 / (1 + np.exp(-logits))
+        stack.seek(i)
+        np.testing.assert_allclose(np.asarray(stack), expected, atol=1e-5)
+        images = {k: cv2.imread(str(trained / f"a/b/{i}_{k}.png"), -1) for k in kinds}
+        np.testing.assert_allclose(images["prob"], expected * 255, atol=0.51)
+        assert images["overlay"].shape == (50, 70, 3)
+        clear = abs(expected - 0.4) > 1e-5
+        np.testing.assert_array_equal(images["mask"][clear], ((expected > 0.4) * 255)[clear])
+        label = read_slice(trained / f"new/train_label/{i}.png")
+        errors.append(np.mean(images["mask"] != label))
+    assert np.mean(errors) < 0.1  # slices that it was not trained on, and of another size
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_tiles_and_symmetries(bilinear):
+    """Tiles give the whole slice's result away from its edges; --tta is the same for all views."""
+    flow.manual_seed(0)
+    net = UNet(1, 1, bilinear=bilinear, base_channels=4)
+    for _ in range(3):  # running statistics other than the initial ones
+        net(1 + 2 * flow.randn(1, 1, 64, 64))
+    net.eval()
+    image = np.random.default_rng(0).normal(size=(500, 340)).astype(np.float32)
+    whole = predict_unet_test.predict(net, image, "cpu")
+    tiled = predict_unet_test.predict_tiled(net, image, "cpu", 256)
+    inner = np.s_[112:-112, 112:-112]
+    # Aligned corners make bilinear upsampling depend on the tile's size.
+    assert abs(whole - tiled)[inner].max() < (1e-2 if bilinear else 1e-6)
+
+    image = image[:100, :90]
+    mean = predict_unet_test.predict_symmetries(net, image, "cpu", 0)
+    turned = np.ascontiguousarray(np.rot90(np.flipud(image)))
+    turned_mean = predict_unet_test.predict_symmetries(net, turned, "cpu", 0)
+    np.testing.assert_allclose(turned_mean, np.rot90(np.flipud(mean)), atol=1e-6)
+    assert abs(mean - predict_unet_test.predict(net, image, "cpu")).max() > 1e-4
+
+
+def test_bare_weights_and_old_checkpoints(trained):
+    """Weights without our metadata, as PyTorch writes them, work; flow.save needs a flag."""
+    tensors, _, _ = engine.load_checkpoint(trained / "checkpoints/best.safetensors")
+    import safetensors.numpy
+
+    safetensors.numpy.save_file(tensors, trained / "bare.safetensors")
+    flow.save({name: flow.tensor(t) for name, t in tensors.items()}, str(trained / "old"))
+    outputs = []
+    for flags in ((), ("--checkpoint", "bare.safetensors"), ("--checkpoint", "old")):
+        trust = ("--trust_pickle",) if "old" in flags else ()
+        given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "c")
+        done = predict(*given, *flags, *trust, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        outputs.append((trained / "c/0_prob.png").read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_bad_input_is_one_line(trained):
+    """Bad input: exit 2 with one line that names it, and no output folder."""
+    (trained / "empty").mkdir()
+    (trained / "broken").mkdir()
+    (trained / "broken/0.png").write_bytes(b"\x89PNG\r\n")
+    small = trained / "small.png"
+    cv2.imwrite(str(small), np.zeros((15, 40), np.uint8))
+    (trained / "file").write_text("in the way")
+    cases = (
+        (("--Test_Data_path", "nowhere"), "nowhere"),
+        (("--Test_Data_path", "empty"), "empty"),
+        (("--Test_Data_path", "broken"), "0.png"),
+        (("--Test_Data_path", small), "small.png"),
+        (("--checkpoint", "nothing.safetensors"), "train"),
+        (("--checkpoint", "checkpoints"), "--trust_pickle"),
+        (("--checkpoint", "file"), "file"),
+        (("--threshold", 1.5), "--threshold"),
+        (("--tile", 100), "--tile"),
+        (("--device", "cuda"), "--device"),
+        (("--save_res_path", "new/train_image"), "--save_res_path"),
+        (("--save_res_path", "file"), "file"),
+    )
+    for flags, said in cases:
+        given = {"--Test_Data_path": "new/train_image", "--save_res_path": "d"}
+        given.update([flags])
+        done = predict(*(part for pair in given.items() for part in pair), cwd=trained)
+        assert done.returncode == 2, flags
+        assert one_line(done.stderr) and said in done.stderr, done.stderr
+    assert not (trained / "d").exists()

@@ -1,0 +1,201 @@
+"""Training as a user runs it: python3 -m pytest tests/test_training.py"""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+from conftest import ROOT, SMALL, one_line, script, train, write_pairs
+import numpy as np
+import pytest
+import safetensors
+
+
+def tensors_of(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def metadata_of(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {key: json.loads(text) for key, text in file.metadata().items()}
+
+
+def assert_same_checkpoint(one, other):
+    one, other = tensors_of(one), tensors_of(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(tensor, other[name], err_msg=name)
+
+
+def rows_of(path):
+    """The CSV without what differs from run to run, the time."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_a_run_trains_logs_and_saves(slices, tmp_path):
+    """Loss falls; the line, the log, the CSV and the checkpoints are as the README says."""
+    done = train("--epochs", 6, "--val_count", 2, "--lr", 0.003, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.startswith("device: cpu\n4 training slices, 2 validation slices\n")
+    lines = re.findall(r"^epoch: (\d+) avg loss: (\d+\.\d{6}) time: \d+ s", done.stdout, re.M)
+    assert [int(epoch) for epoch, _ in lines] == [1, 2, 3, 4, 5, 6]
+    losses = [float(loss) for _, loss in lines]
+    assert losses[-1] < 0.8 * losses[0]
+
+    log = (tmp_path / "Unet_train.txt").read_text().splitlines()
+    assert log == [f"{loss:.4f}" for loss in losses]
+    rows = rows_of(tmp_path / "Unet_train.csv")
+    assert [float(row["train_loss"]) for row in rows] == losses
+    assert all(0 < float(row["val_misclassification"]) < 1 for row in rows)
+    assert {row["lr"] for row in rows} == {"0.003"}
+
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.safetensors", "last.safetensors"]
+    last = metadata_of(folder / "last.safetensors")
+    assert last["epoch"] == 7 and last["threshold"] == 0.5
+    assert last["model"] == dict(n_channels=1, n_classes=1, bilinear=False, base_channels=4)
+    val_losses = [float(row["val_loss"]) for row in rows]
+    best = metadata_of(folder / "best.safetensors")
+    assert best["best"]["by"] == "val_loss"
+    assert best["best"]["epoch"] == best["epoch"] - 1 == 1 + np.argmin(val_losses)
+    names = tensors_of(folder / "last.safetensors")
+    assert "inc.double_conv.0.weight" in names
+    assert "optimizer.exp_avg.inc.double_conv.0.weight" in names
+
+
+def test_validation_is_the_nets_own_score(slices, tmp_path):
+    """val_loss and val_misclassification are those of the saved net in eval mode, from scratch."""
+    train("--epochs", 2, "--val_count", 2, cwd=tmp_path)
+    from dataloader import SelfDataSet
+    import engine
+    import oneflow as flow
+
+    net, _ = engine.net_of_checkpoint(tmp_path / "checkpoints/last.safetensors")
+    net.eval()
+    losses, errors = [], []
+    for image, label in SelfDataSet(slices, keep=slice(-2, None)):
+        with flow.no_grad():
+            logit = net(flow.tensor(image[None])).numpy()[0].astype(np.float64)
+        losses.append(np.mean(np.log1p(np.exp(-np.where(label == 1, logit, -logit)))))
+        errors.append(np.mean((logit > 0) != (label == 1)))
+    row = rows_of(tmp_path / "Unet_train.csv")[-1]
+    assert float(row["val_loss"]) == pytest.approx(np.mean(losses), abs=2e-6)
+    assert float(row["val_misclassification"]) == pytest.approx(np.mean(errors), abs=1e-6)
+
+
+def test_overfits_two_slices(tmp_path):
+    """The whole chain learns: 95 % of the pixels of two training slices come out right."""
+    data = write_pairs(tmp_path / "data", 2)
+    validate = ("--val_path", data, "--batch_size", 2, "--augment")
+    train("--data_path", data, *validate, "--epochs", 15, "--lr", 0.01, cwd=tmp_path)
+    errors = [float(row["val_misclassification"]) for row in rows_of(tmp_path / "Unet_train.csv")]
+    assert min(errors) < 0.05
+    assert errors[0] > 0.05  # or the gate would say nothing
+
+
+def test_resume_is_exact(slices, tmp_path):
+    """A run stopped and resumed ends with the same bits, log and CSV as one that ran through."""
+    flags = ("--crop", 32, "--val_count", 2, "--batch_size", 3, "--seed", 5, "--lr", 0.002)
+    flags += ("--data_path", slices)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    train(*flags, "--epochs", 4, "--num_workers", 2, cwd=whole)
+    train(*flags, "--epochs", 2, cwd=parts)
+    # A line whose checkpoint was never written, as a crash would leave it, is cut off.
+    for log in ("Unet_train.txt", "Unet_train.csv"):
+        with (parts / log).open("a") as file:
+            file.write("3,9.9\n")
+    # Only paths and the number of epochs have to be said again.
+    again = ("--data_path", slices, "--resume", "checkpoints/last.safetensors", "--epochs", 4)
+    script("TrainUnetDataSet.py", "--device", "cpu", *again, cwd=parts)
+    for name in ("last", "best"):
+        name = f"checkpoints/{name}.safetensors"
+        assert_same_checkpoint(whole / name, parts / name)
+    assert (whole / "Unet_train.txt").read_text() == (parts / "Unet_train.txt").read_text()
+    assert rows_of(whole / "Unet_train.csv") == rows_of(parts / "Unet_train.csv")
+
+
+def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
+    """Ctrl-C: exit 130, one line says what is kept, the checkpoint loads, workers go quietly."""
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, "--epochs", "10000"]
+    process = subprocess.Popen(
+        [*command, "--num_workers", "2"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    seen = ""
+    while "epoch: 2 " not in seen:
+        seen = process.stdout.readline()
+        assert seen, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.startswith("\ninterrupted: epoch") and errors.count("\n") == 2
+    assert "--resume checkpoints/last.safetensors" in errors
+    done = metadata_of(tmp_path / "checkpoints/last.safetensors")["epoch"] - 1
+    assert done >= 2 and f"epoch {done} " in errors
+    log = (tmp_path / "Unet_train.txt").read_text().splitlines()
+    assert len(log) - done in (0, 1)
+
+
+def test_a_loss_that_is_not_finite_stops(slices, tmp_path):
+    """NaN or infinity ends the run with a message, exit 1, before it reaches a checkpoint."""
+    done = script("TrainUnetDataSet.py", *SMALL, "--lr", "1e30", cwd=tmp_path)
+    assert done.returncode == 1 and one_line(done.stderr)
+    assert "the loss became" in done.stderr and "--lr" in done.stderr
+    last = tmp_path / "checkpoints/last.safetensors"
+    assert not last.exists() or all(np.isfinite(t).all() for t in tensors_of(last).values())
+
+
+BAD = {
+    "no such folder": (("--data_path", "nowhere_image"), "nowhere_image"),
+    "no epochs": (("--epochs", 0), "--epochs"),
+    "no learning rate": (("--lr", 0), "--lr"),
+    "not a number": (("--lr", "nan"), "--lr"),
+    "large crop": (("--crop", 64), "crop of 64"),
+    "small crop": (("--crop", 8), "--crop"),
+    "nothing left to train on": (("--val_count", 6), "--val_count"),
+    "no GPU": (("--device", "cuda"), "--device"),
+    "unknown flag": (("--epoch_count", 3), "--epoch_count"),
+    "checkpoint missing": (("--resume", "nothing.safetensors"), "nothing.safetensors"),
+    "checkpoint damaged": (("--resume", "damaged.safetensors"), "damaged.safetensors"),
+    "pickle as checkpoint": (("--resume", "data"), "--trust_pickle"),
+    "log in the way": (("--log_file", "loss.csv"), "--log_file"),
+    "folder in the way": (("--checkpoint_dir", "damaged.safetensors"), "damaged.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, slices, tmp_path):
+    """Bad input: exit 2, one line that names the file or flag, and nothing written."""
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header....")
+    flags, said = BAD[case]
+    before = sorted(tmp_path.rglob("*.*"))
+    done = script("TrainUnetDataSet.py", "--device", "cpu", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_line(done.stderr) and said in done.stderr, done.stderr
+    assert sorted(tmp_path.rglob("*.*")) == before
+
+
+def test_slices_of_different_sizes(tmp_path):
+    """They train one by one or cropped; in a batch they are refused with advice."""
+    write_pairs(tmp_path / "data", 2)
+    write_pairs(tmp_path / "more", 2, shape=(64, 80), seed=1)
+    for kind in ("image", "label"):
+        for i in range(2):
+            path = tmp_path / f"more/train_{kind}/{i}.png"
+            path.rename(tmp_path / f"data/train_{kind}/{i + 2}.png")
+    train("--epochs", 1, cwd=tmp_path)
+    train("--epochs", 1, "--batch_size", 4, "--crop", 48, cwd=tmp_path)
+    done = script("TrainUnetDataSet.py", *SMALL, "--batch_size", 2, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr) and "--crop" in done.stderr
