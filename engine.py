@@ -121,7 +121,7 @@ def parse_args(doc, argv=None):
         help="channels of the first level (default: 64 on a GPU, 16 on a CPU)",
     )
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
-    add("--crop", type=number(int, MIN_SIDE), help="train on random squares of N pixels")
+    add("--crop", type=number(int, 2 * MIN_SIDE), help="train on random squares of N pixels")
     add(
         "--augment",
         nargs="*",
@@ -246,6 +246,9 @@ def data_sets(args):
         for name, shape in zip(data_set.names, data_set.shapes, strict=True):
             if min(shape) < MIN_SIDE:
                 raise InputError(f"slice {name}: {shape} pixels, the net needs {MIN_SIDE} a side")
+            if data_set is train_set and max(shape) < 2 * MIN_SIDE:
+                # One pixel is left at the deepest level: no variance for batch normalisation.
+                raise InputError(f"slice {name}: {shape} pixels are too few to train on")
     if RANK == 0:
         print(f"{len(train_set)} training slices, {len(val_set or ())} validation slices")
     return train_set, val_set

@@ -40,7 +40,7 @@ unet_install_python() {
         done
         uv=$scratch/bin/uv
     fi
-    "$uv" python install 3.10 2>/dev/null && "$uv" python find --system --no-python-downloads 3.10
+    "$uv" python install 3.10 >/dev/null 2>&1 && "$uv" python find --system --no-python-downloads 3.10
     rm -rf "$scratch"
 }
 

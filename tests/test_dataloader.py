@@ -39,7 +39,9 @@ def test_every_problem_is_listed(slices):
     cv2.imwrite(str(labels / "5.png"), np.full((48, 64), 255))
     with pytest.raises(InputError) as caught:
         SelfDataSet(slices)
-    for i, said in enumerate(("no label", "can't be read", "40", "3 grey values", "read", "1 grey")):
+    for i, said in enumerate(
+        ("no label", "can't be read", "40", "3 grey values", "read", "1 grey")
+    ):
         assert f"{i}.png" in str(caught.value) and said in str(caught.value)
 
 

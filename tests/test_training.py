@@ -163,7 +163,7 @@ BAD = {
     "no learning rate": (("--lr", 0), "--lr"),
     "not a number": (("--lr", "nan"), "--lr"),
     "large crop": (("--crop", 64), "crop of 64"),
-    "small crop": (("--crop", 8), "--crop"),
+    "small crop": (("--crop", 31), "--crop"),
     "nothing left to train on": (("--val_count", 6), "--val_count"),
     "no GPU": (("--device", "cuda"), "--device"),
     "unknown flag": (("--epoch_count", 3), "--epoch_count"),

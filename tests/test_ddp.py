@@ -1,0 +1,128 @@
+"""Data parallel training with real processes: python3 -m pytest tests/test_ddp.py"""
+
+import subprocess
+import time
+
+from conftest import launch, script, train
+import numpy as np
+import pytest
+from test_training import assert_same_checkpoint, metadata_of, rows_of
+
+# ddp_train.py under watch: every rank writes down its weights after each epoch and what it adds to
+# the sums over the ranks; WHAT says what goes wrong on rank 1 in the second epoch.
+DRIVER = """
+import os, signal, time
+import numpy as np
+import engine, ddp_train
+
+finish, add = engine.finish_epoch, engine.sum_over_ranks
+sums = []
+
+def watched_finish(args, net, optimizer, epoch, *rest):
+    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    np.savez(f"rank{engine.RANK}-epoch{epoch}.npz", sums=sums, **state)
+    if engine.RANK == 1 and epoch == 2 and WHAT:
+        open("failed", "w").write(str(time.time()))
+        if WHAT == "raise":
+            raise RuntimeError("rank 1 has had enough")
+        if WHAT == "exit":
+            raise SystemExit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(args, net, optimizer, epoch, *rest)
+
+def watched_sums(*values):
+    sums.append(values)
+    return add(*values)
+
+engine.finish_epoch, engine.sum_over_ranks = watched_finish, watched_sums
+engine.run(lambda: ddp_train.Train_Unet(engine.parse_args(ddp_train.__doc__)))
+"""
+
+
+def run_driver(tmp_path, what, *flags):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"WHAT = {what!r}\n{DRIVER}")
+    return launch(driver, *flags, cwd=tmp_path)
+
+
+def test_two_processes_train_one_net(slices, tmp_path):
+    """Only rank 0 prints and writes, the loss is the mean over all samples, weights are equal."""
+    done = run_driver(tmp_path, None, "--epochs", 2, "--val_count", 1, "--batch_size", 2)
+    assert done.returncode == 0, done.stderr
+    for said in ("device: cpu, 2 processes", "5 training slices", "epoch: 1 ", "epoch: 2 "):
+        assert done.stdout.count(said) == 1, done.stdout
+    ranks = [np.load(tmp_path / f"rank{rank}-epoch2.npz") for rank in range(2)]
+    for name in ranks[0].files:
+        if name != "sums":  # running statistics are compared too
+            np.testing.assert_array_equal(ranks[0][name], ranks[1][name], err_msg=name)
+    # An epoch adds up (loss, samples), then validation (loss, error) over the ranks.
+    sums = ranks[0]["sums"] + ranks[1]["sums"]
+    assert not np.array_equal(ranks[0]["sums"], ranks[1]["sums"])
+    rows = rows_of(tmp_path / "Unet_train.csv")
+    for epoch, row in enumerate(rows):
+        loss, samples = sums[2 * epoch]
+        assert samples == 6  # 5 slices, filled up to 3 for each rank
+        assert float(row["train_loss"]) == pytest.approx(loss / samples, abs=1e-6)
+        val_loss, val_error = sums[2 * epoch + 1]
+        assert float(row["val_loss"]) == pytest.approx(val_loss, abs=1e-6)
+        assert float(row["val_misclassification"]) == pytest.approx(val_error, abs=1e-6)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "best.safetensors",
+        "last.safetensors",
+    ]
+
+
+def test_one_process_equals_one_device(slices, tmp_path):
+    """The twins train alike: in one process on one slice, they end with the same bits."""
+    flags = ("--epochs", 2, "--data_path", slices, "--val_count", 5)
+    for name in ("one", "ddp"):
+        (tmp_path / name).mkdir()
+    train(*flags, cwd=tmp_path / "one")
+    from conftest import ROOT
+
+    done = launch(ROOT / "ddp_train.py", *flags, cwd=tmp_path / "ddp", processes=1)
+    assert done.returncode == 0, done.stderr
+    last = "checkpoints/last.safetensors"
+    assert_same_checkpoint(tmp_path / "one" / last, tmp_path / "ddp" / last)
+    assert rows_of(tmp_path / "one/Unet_train.csv") == rows_of(tmp_path / "ddp/Unet_train.csv")
+
+
+def test_resume_is_exact(slices, tmp_path):
+    """Two processes stopped and resumed end with the same bits as two that ran through."""
+    from conftest import ROOT
+
+    for name, parts in (("whole", (3,)), ("parts", (1, 3))):
+        (tmp_path / name).mkdir()
+        for i, epochs in enumerate(parts):
+            flags = ("--data_path", slices, "--crop", 32, "--epochs", epochs)
+            flags += ("--resume", "checkpoints/last.safetensors") if i else ()
+            done = launch(ROOT / "ddp_train.py", *flags, cwd=tmp_path / name)
+            assert done.returncode == 0, done.stderr
+    last = "checkpoints/last.safetensors"
+    assert_same_checkpoint(tmp_path / "whole" / last, tmp_path / "parts" / last)
+
+
+@pytest.mark.parametrize("what", ["raise", "exit", "kill"])
+def test_a_failing_rank_ends_the_job(what, slices, tmp_path):
+    """A rank that fails ends the job with a non-zero code within 30 s; nobody is left behind."""
+    done = run_driver(tmp_path, what, "--epochs", 1000)
+    seconds = time.time() - float((tmp_path / "failed").read_text())
+    assert done.returncode != 0
+    assert seconds < 30
+    if what == "raise":
+        assert "driver.py (rank 1)" in done.stderr and "rank 1 has had enough" in done.stderr
+    time.sleep(1)
+    left = subprocess.run(["pgrep", "-f", tmp_path / "driver.py"], capture_output=True)
+    assert left.stdout == b""
+    assert metadata_of(tmp_path / "checkpoints/last.safetensors")["epoch"] in (2, 3)
+
+
+def test_bad_input_ends_the_job(tmp_path):
+    """Bad input on all ranks is said once, and the job ends with a non-zero code."""
+    from conftest import ROOT
+
+    done = launch(ROOT / "ddp_train.py", "--data_path", "nowhere_image", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("nowhere_image: no such file") == 1
+    plain = script("ddp_train.py", "--device", "cpu", "--data_path", "nowhere_image", cwd=tmp_path)
+    assert plain.returncode == 2

@@ -1,0 +1,48 @@
+"""The picture of the loss: python3 -m pytest tests/test_plot.py"""
+
+import os
+
+from conftest import one_line, script
+import cv2
+import plot
+
+CSV = """epoch,train_loss,val_loss,val_misclassification,lr,seconds,images_per_second
+1,0.700000,0.650000,0.2,0.001,1,1
+2,0.500000,0.420000,0.1,0.001,1,1
+3,0.400000,0.480000,0.1,0.001,1,1
+"""
+
+
+def run(*args, cwd):
+    hidden = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    return script("plot.py", *args, cwd=cwd, env=hidden)
+
+
+def test_reads_log_and_csv(tmp_path):
+    """The plain log is enough; the CSV of the same run beside it adds the validation loss."""
+    log, table = tmp_path / "Unet_train.txt", tmp_path / "Unet_train.csv"
+    log.write_text("0.7000\n0.5000\n0.4000\n")
+    assert plot.read_log(log) == ([0.7, 0.5, 0.4], [])
+    for out in ("alone.png", "both.png", "other.png", "table.png"):
+        done = run("Unet_train.csv" if out == "table.png" else log, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert done.stdout.startswith(f"{out}: 3 epochs of ")
+        assert cv2.imread(str(tmp_path / out)).std() > 10
+        # alone.png came without a CSV, both.png with one, other.png with another run's
+        table.write_text(CSV if out == "alone.png" else CSV.replace("0.7", "0.6"))
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("alone", "both", "other")]
+    assert pictures[0] == pictures[2] != pictures[1]
+    assert plot.read_log(table) == ([0.6, 0.5, 0.4], [0.65, 0.42, 0.48])
+
+
+def test_bad_input_is_one_line(tmp_path):
+    """A missing, empty or other file, or an unwritable picture: exit 2 and one line."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "prose.txt").write_text("not a number\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "good.txt").write_text("0.5\n")
+    cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv")]
+    for args in (*cases, ("good.txt", "--out", "no/such/folder.png")):
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 2 and one_line(done.stderr), done.stderr
+        assert args[-1] in done.stderr

@@ -1,0 +1,155 @@
+"""The shell scripts in a copy of the repository: python3 -m pytest tests/test_shell.py"""
+
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import time
+
+from conftest import ROOT, SMALL, one_line, write_pairs
+import pytest
+
+FILES = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+).stdout.splitlines()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A clone in a folder with a space in its name, sharing this environment."""
+    folder = tmp_path / "my clone"
+    for name in FILES:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def bash(*args, cwd, **options):
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    return subprocess.run(["bash", *map(str, args)], cwd=cwd, **options)
+
+
+def test_train_then_test(copy, tmp_path):
+    """train.sh makes the sample where ISBI can't be had, trains and draws; test.sh predicts."""
+    done = bash(copy / "test.sh", cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr)
+    assert "data/test_image" in done.stderr or "train" in done.stderr
+
+    # A proxy that refuses stands in for a machine without network.
+    offline = {**os.environ, "https_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+    flags = (
+        *SMALL,
+        "--epochs",
+        "2",
+        "--crop",
+        "64",
+        "--val_count",
+        "2",
+        "--log_file",
+        "my log.txt",
+    )
+    done = bash(copy / "train.sh", *flags, cwd=tmp_path, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC SAMPLE" in done.stdout and "mean NOTHING for real tissue" in done.stdout
+    assert "18 training slices, 2 validation slices" in done.stdout
+    assert (copy / "my log.txt").read_text().count("\n") == 2
+    assert (copy / "loss.png").stat().st_size > 10_000
+    assert (copy / "data/source.txt").read_text() == "synthetic sample\n"
+
+    done = bash(copy / "train.sh", *SMALL, "--epochs", "1", "--crop", "32", cwd=tmp_path)
+    assert done.returncode == 0 and "SYNTHETIC SAMPLE" in done.stdout  # said each time
+
+    done = bash(copy / "test.sh", "--threshold", "0.6", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "predict_image" in done.stdout
+    names = {f"{i}_{kind}.png" for i in range(5) for kind in ("prob", "mask", "overlay")}
+    assert {path.name for path in (copy / "predict_image").iterdir()} == names
+
+
+def test_own_data_fetches_nothing(copy, tmp_path):
+    """With --data_path nothing is downloaded or made; --help only helps."""
+    data = write_pairs(tmp_path / "own", 2)
+    done = bash(copy / "train.sh", *SMALL, "--epochs", "1", "--data_path", data, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (copy / "data/train_image").exists()
+    done = bash(copy / "train.sh", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--epochs" in done.stdout and "epoch: " not in done.stdout
+    done = bash(copy / "train.sh", "--epochs", "0", "--data_path", data, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr)
+
+
+def test_a_ready_environment_is_quick(copy):
+    """Sourcing env.sh again takes under a second and leaves the shell's options alone."""
+    began = time.monotonic()
+    done = bash("-c", 'source env.sh && echo "$- $(command -v python3)"', cwd=copy)
+    assert time.monotonic() - began < 1
+    assert done.stdout == f"hBc {ROOT}/.venv/bin/python3\n" and done.stderr == ""
+
+
+def fake(folder, name, body):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def bare(copy, tmp_path):
+    """A copy without environment, on a machine whose only programs are coreutils and `bin`."""
+    (copy / ".venv").unlink()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in "bash cat cut dirname flock grep head ls mktemp rm sha256sum sort uname".split():
+        (tools / tool).symlink_to(shutil.which(tool))
+    return {"cwd": copy, "env": {"PATH": str(tools), "HOME": str(tmp_path)}}, tools
+
+
+def test_no_interpreter_is_one_clear_line(bare):
+    """Without CPython 3.10, and with uv unable to fetch one, env.sh says what to install."""
+    options, tools = bare
+    fake(tools, "python3.10", "echo 'pyenv: python3.10: command not found' >&2; exit 127")  # a shim
+    fake(tools, "python3", f'exec {sys.executable} -c "raise SystemExit(1)"')
+    done = bash("-c", "source env.sh; echo $?", **options)
+    assert done.stdout == "1\n"
+    said = done.stderr.splitlines()
+    assert said[-1].startswith("env.sh: can't find or fetch CPython 3.10: install it")
+    assert not (options["cwd"] / ".venv").exists()
+
+
+@pytest.mark.parametrize("place", ["pyenv", "uv python", "uv installs"])
+def test_interpreters_are_found_off_the_path(place, bare, tmp_path):
+    """pyenv's versions and uv's pythons are found, and uv installs one where there is none.
+
+    The interpreter found records how it is called; a half-made environment is made anew.
+    """
+    options, tools = bare
+    python = tmp_path / ".pyenv/versions/3.10.99/bin/python3.10"
+    if place != "pyenv":
+        python = tmp_path / "uv's/python3.10"
+        installed = tmp_path / "installed"
+        if place == "uv python":
+            installed.touch()
+        uv = f"""
+            [ "$2" = install ] && : >"{installed}"
+            [ -e "{installed}" ] && echo "{python}"
+        """
+        fake(tools, "uv", uv)
+    python.parent.mkdir(parents=True)
+    # It starts like a CPython 3.10, and says what it would have made.
+    fake(
+        python.parent, python.name, 'case $1 in -c) ;; --version) echo 3.10 ;; *) echo "$@" ;; esac'
+    )
+    (options["cwd"] / ".venv").mkdir()
+    (options["cwd"] / ".venv/half").touch()
+    done = bash("-c", "source env.sh; echo $?", **options)
+    assert f"making .venv with {python}" in done.stderr
+    assert done.stdout == "-m venv .venv\n1\n"  # and as nothing was made, it fails
+    assert "failed" in done.stderr.splitlines()[-1]
+    assert ("installing one with uv" in done.stderr) == (place == "uv installs")
+    assert not Path(options["cwd"] / ".venv/half").exists()
