@@ -8,9 +8,10 @@
 """
 
 import engine
-from oneflow import nn, optim
-from oneflow.utils.data import RandomSampler
 from unet import UNet
+
+from oneflow import nn, optim
+from oneflow.utils.data import DataLoader, RandomSampler
 
 
 def Train_Unet(args):
@@ -24,7 +25,13 @@ def Train_Unet(args):
     engine.start_log(args, first_epoch)
 
     sampler = RandomSampler(train_set)
-    loader = engine.make_loader(args, train_set, sampler)
+    loader = DataLoader(
+        train_set,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        worker_init_fn=engine.ignore_interrupt,
+    )
 
     for epoch in range(first_epoch, args.epochs + 1):
         engine.seed_epoch(args.seed, epoch)

@@ -7,12 +7,13 @@ A path names a folder of PNG or TIFF files or one (multi-page) TIFF stack; 8 or 
 colour. In a label white is the interior of a cell (1) and black is membrane (0).
 """
 
+import os
+import re
 from contextlib import contextmanager
+from pathlib import Path
+
 import cv2
 import numpy as np
-import os
-from pathlib import Path
-import re
 
 
 @contextmanager

@@ -8,10 +8,12 @@ keep the same weights. `diff TrainUnetDataSet.py ddp_train.py` shows all that th
 """
 
 import engine
+from unet import UNet
+
 from oneflow import nn, optim
 from oneflow.nn.parallel import DistributedDataParallel as ddp
+from oneflow.utils.data import DataLoader
 from oneflow.utils.data.distributed import DistributedSampler
-from unet import UNet
 
 
 def Train_Unet(args):
@@ -26,7 +28,13 @@ def Train_Unet(args):
     engine.start_log(args, first_epoch)
 
     sampler = DistributedSampler(train_set, seed=args.seed)
-    loader = engine.make_loader(args, train_set, sampler)
+    loader = DataLoader(
+        train_set,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        worker_init_fn=engine.ignore_interrupt,
+    )
 
     for epoch in range(first_epoch, args.epochs + 1):
         sampler.set_epoch(epoch)

@@ -5,22 +5,23 @@ Plain functions. Those that print, write or count know that the process may be o
 """
 
 import argparse
-from dataloader import AUGMENTATIONS, InputError, SelfDataSet
 import json
 import math
-import numpy as np
-import oneflow as flow
-from oneflow.utils.data import DataLoader
 import os
-from pathlib import Path
-import safetensors
-import safetensors.numpy
 import signal
 import sys
 import time
-from tqdm import tqdm
 import traceback
+from pathlib import Path
+
+from dataloader import AUGMENTATIONS, InputError, SelfDataSet
 from unet import MIN_SIDE, UNet
+
+import numpy as np
+import oneflow as flow
+import safetensors
+import safetensors.numpy
+from tqdm import tqdm
 
 # Importing oneflow installs a C handler with which Ctrl-C ends in a segmentation fault.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -254,20 +255,9 @@ def data_sets(args):
     return train_set, val_set
 
 
-def loader_worker(_):
-    """Ctrl-C reaches the whole process group, but only the main process should answer it."""
+def ignore_interrupt(_):
+    """For a DataLoader's workers: Ctrl-C reaches them too, but only the script should answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(args, data_set, sampler):
-    """Batches of (image, label), float32 tensors of shape (batch_size, 1, H, W)."""
-    return DataLoader(
-        data_set,
-        batch_size=args.batch_size,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        worker_init_fn=loader_worker,
-    )
 
 
 def sum_over_ranks(*values):

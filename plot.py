@@ -10,10 +10,11 @@ there is a display.
 
 import argparse
 import csv
-import matplotlib
 import os
-from pathlib import Path
 import sys
+from pathlib import Path
+
+import matplotlib
 
 
 def read_log(path):

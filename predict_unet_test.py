@@ -9,14 +9,16 @@ For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.p
 """
 
 import argparse
-import cv2
-from dataloader import InputError, list_slices, normalise, read_slice
+from pathlib import Path
+
 import engine
+from dataloader import InputError, list_slices, normalise, read_slice
+from unet import MIN_SIDE
+
+import cv2
 import numpy as np
 import oneflow as flow
-from pathlib import Path
 from tqdm import tqdm
-from unet import MIN_SIDE
 
 # An aligned block of 16 pixels (one pixel of the coarsest level) depends on input up to 94 pixels
 # around it. The margin is the next multiple of 16, so that the blocks of all tiles are aligned.

@@ -21,18 +21,19 @@ ISBI 2012: Cardona et al. 2010, doi 10.1371/journal.pbio.1000502, and Arganda-Ca
 
 import argparse
 import contextlib
-import cv2
 import hashlib
 import http.client
-import numpy as np
 import os
-from pathlib import Path, PurePosixPath
 import shutil
 import sys
 import tempfile
-from tqdm import tqdm
 import urllib.request
 import zipfile
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from tqdm import tqdm
 
 ISBI_URL = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
 TIMEOUT = 30  # seconds without a byte before a download counts as dead

@@ -1,9 +1,9 @@
 """What several tests need: a tiny data set and a way to run the scripts as a user does."""
 
 import os
-from pathlib import Path
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np

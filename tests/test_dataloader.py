@@ -1,8 +1,9 @@
 """Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
 
 from conftest import write_pairs
-import cv2
 from dataloader import InputError, SelfDataSet, augment, list_slices, normalise, read_slice
+
+import cv2
 import numpy as np
 import pytest
 
@@ -69,7 +70,7 @@ def test_bit_depth_colour_and_stacks(slices, tmp_path, capfd):
 
 
 def test_augmentation_is_joint_and_moves_pixels():
-    """Flips, turns and crops act on (H, W), alike on image and label, and reach all 8 symmetries."""
+    """Flips, turns and crops act on (H, W), alike on image and label; all 8 symmetries come."""
     image = np.arange(36, dtype=np.float32).reshape(6, 6)
     rng = np.random.default_rng(0)
     seen = set()

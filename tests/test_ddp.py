@@ -4,9 +4,10 @@ import subprocess
 import time
 
 from conftest import launch, script, train
+from test_training import assert_same_checkpoint, metadata_of, rows_of
+
 import numpy as np
 import pytest
-from test_training import assert_same_checkpoint, metadata_of, rows_of
 
 # ddp_train.py under watch: every rank writes down its weights after each epoch and what it adds to
 # the sums over the ranks; WHAT says what goes wrong on rank 1 in the second epoch.

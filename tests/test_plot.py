@@ -2,9 +2,10 @@
 
 import os
 
-from conftest import one_line, script
-import cv2
 import plot
+from conftest import one_line, script
+
+import cv2
 
 CSV = """epoch,train_loss,val_loss,val_misclassification,lr,seconds,images_per_second
 1,0.700000,0.650000,0.2,0.001,1,1

@@ -1,15 +1,16 @@
 """Prediction as a user runs it: python3 -m pytest tests/test_predict.py"""
 
-from conftest import one_line, script, train, write_pairs
-import cv2
-from dataloader import normalise, read_slice
 import engine
+import predict_unet_test
+from conftest import one_line, script, train, write_pairs
+from dataloader import normalise, read_slice
+from unet import UNet
+
+import cv2
 import numpy as np
 import oneflow as flow
-from PIL import Image
-import predict_unet_test
 import pytest
-from unet import UNet
+from PIL import Image
 
 
 @pytest.fixture(scope="module")

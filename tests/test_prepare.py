@@ -1,14 +1,10 @@
 """data/prepare.py: python3 -m pytest tests/test_prepare.py (needs no network)."""
 
-import cv2
 import hashlib
 import http.server
 import importlib.util
 import json
-import numpy as np
 import os
-from pathlib import Path
-import pytest
 import resource
 import shutil
 import signal
@@ -16,6 +12,11 @@ import subprocess
 import sys
 import threading
 import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
 STACKS = {

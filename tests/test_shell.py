@@ -1,13 +1,14 @@
 """The shell scripts in a copy of the repository: python3 -m pytest tests/test_shell.py"""
 
 import os
-from pathlib import Path
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from conftest import ROOT, SMALL, one_line, write_pairs
+
 import pytest
 
 FILES = subprocess.run(
@@ -105,7 +106,8 @@ def bare(copy, tmp_path):
     (copy / ".venv").unlink()
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in "bash cat cut dirname flock grep head ls mktemp rm sha256sum sort uname".split():
+    needed = ("bash", "cat", "cut", "dirname", "flock", "grep", "head", "ls", "mktemp", "rm")
+    for tool in (*needed, "sha256sum", "sort", "uname"):
         (tools / tool).symlink_to(shutil.which(tool))
     return {"cwd": copy, "env": {"PATH": str(tools), "HOME": str(tmp_path)}}, tools
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, SMALL, one_line, script, train, write_pairs
+
 import numpy as np
 import pytest
 import safetensors
@@ -72,8 +73,9 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
 def test_validation_is_the_nets_own_score(slices, tmp_path):
     """val_loss and val_misclassification are those of the saved net in eval mode, from scratch."""
     train("--epochs", 2, "--val_count", 2, cwd=tmp_path)
-    from dataloader import SelfDataSet
     import engine
+    from dataloader import SelfDataSet
+
     import oneflow as flow
 
     net, _ = engine.net_of_checkpoint(tmp_path / "checkpoints/last.safetensors")

@@ -1,8 +1,9 @@
 """The network: python3 -m pytest tests/test_unet.py"""
 
+from unet import UNet
+
 import oneflow as flow
 import pytest
-from unet import UNet
 
 
 def parameters(net):
