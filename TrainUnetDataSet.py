@@ -25,13 +25,8 @@ def Train_Unet(args):
     engine.start_log(args, first_epoch)
 
     sampler = RandomSampler(train_set)
-    loader = DataLoader(
-        train_set,
-        batch_size=args.batch_size,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        worker_init_fn=engine.ignore_interrupt,
-    )
+    workers = args.num_workers
+    loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=workers)
 
     for epoch in range(first_epoch, args.epochs + 1):
         engine.seed_epoch(args.seed, epoch)

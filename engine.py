@@ -255,11 +255,6 @@ def data_sets(args):
     return train_set, val_set
 
 
-def ignore_interrupt(_):
-    """For a DataLoader's workers: Ctrl-C reaches them too, but only the script should answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def sum_over_ranks(*values):
     """The sums of the numbers over all ranks, as floats."""
     total = flow.tensor(values, dtype=flow.float64)

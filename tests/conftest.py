@@ -1,6 +1,7 @@
 """What several tests need: a tiny data set and a way to run the scripts as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,21 +51,26 @@ def train(*args, cwd, **options):
     return done
 
 
-def launch(path, *args, cwd, processes=2, **options):
-    """Run a script under OneFlow's launcher with the repository on the module path."""
-    command = [sys.executable, "-m", "oneflow.distributed.launch"]
-    command += ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    options = {"capture_output": True, "text": True, "timeout": 240, **options}
-    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT), **options.get("env", {})}
-    return subprocess.run([*command, str(path), *SMALL, *map(str, args)], cwd=cwd, **options)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
+def launch_command(path, *args, processes=2):
+    """The command that runs a training script in several processes."""
+    with socket.socket() as probe:  # a port that is free, so that tests don't meet
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "oneflow.distributed.launch", "--master_port", port]
+    command += ["--nproc_per_node", processes, path, *SMALL, *args]
+    return list(map(str, command))
+
+
+def launch(path, *args, cwd, processes=2):
+    """Run a training script in several processes, the repository on their module path."""
+    return subprocess.run(
+        launch_command(path, *args, processes=processes),
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def one_line(text):

@@ -1,9 +1,10 @@
 """Data parallel training with real processes: python3 -m pytest tests/test_ddp.py"""
 
+import signal
 import subprocess
 import time
 
-from conftest import launch, script, train
+from conftest import ROOT, launch, launch_command, script, train
 from test_training import assert_same_checkpoint, metadata_of, rows_of
 
 import numpy as np
@@ -79,8 +80,6 @@ def test_one_process_equals_one_device(slices, tmp_path):
     for name in ("one", "ddp"):
         (tmp_path / name).mkdir()
     train(*flags, cwd=tmp_path / "one")
-    from conftest import ROOT
-
     done = launch(ROOT / "ddp_train.py", *flags, cwd=tmp_path / "ddp", processes=1)
     assert done.returncode == 0, done.stderr
     last = "checkpoints/last.safetensors"
@@ -90,8 +89,6 @@ def test_one_process_equals_one_device(slices, tmp_path):
 
 def test_resume_is_exact(slices, tmp_path):
     """Two processes stopped and resumed end with the same bits as two that ran through."""
-    from conftest import ROOT
-
     for name, parts in (("whole", (3,)), ("parts", (1, 3))):
         (tmp_path / name).mkdir()
         for i, epochs in enumerate(parts):
@@ -118,10 +115,24 @@ def test_a_failing_rank_ends_the_job(what, slices, tmp_path):
     assert metadata_of(tmp_path / "checkpoints/last.safetensors")["epoch"] in (2, 3)
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_launcher_ends_the_ranks(end, slices, tmp_path):
+    """Nobody goes on training when the launcher is ended, though it doesn't lead its group."""
+    script = tmp_path / "ddp_train.py"
+    script.symlink_to(ROOT / "ddp_train.py")  # a name of its own, to look for
+    command = launch_command(script, "--epochs", 10000)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as launcher:
+        while "epoch: 2 " not in launcher.stdout.readline():
+            assert launcher.poll() is None
+        launcher.send_signal(end)
+        assert launcher.wait(timeout=30) != 0
+        time.sleep(1)
+        left = subprocess.run(["pgrep", "-f", script], capture_output=True, text=True)
+        assert left.stdout == ""
+
+
 def test_bad_input_ends_the_job(tmp_path):
     """Bad input on all ranks is said once, and the job ends with a non-zero code."""
-    from conftest import ROOT
-
     done = launch(ROOT / "ddp_train.py", "--data_path", "nowhere_image", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("nowhere_image: no such file") == 1

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 from conftest import ROOT, SMALL, one_line, script, train, write_pairs
 
@@ -139,6 +140,7 @@ def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
     while "epoch: 2 " not in seen:
         seen = process.stdout.readline()
         assert seen, process.stderr.read()
+    time.sleep(0.3)  # into the next epochs, when the workers are at it
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
