@@ -88,7 +88,7 @@ def read_slice(file, page=0):
     values that are not finite. Training, validation and prediction read through this function.
     """
     try:
-        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
+        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         with quiet_stderr():
             ok, pages = cv2.imreadmulti(str(file), start=page, count=1, flags=flags)
     except cv2.error:  # among others: more pixels than OpenCV accepts
@@ -154,7 +154,9 @@ class SelfDataSet(Dataset):
         slices = list_slices(data_path)
         if label_path is None:
             if "image" not in data_path.name:
-                raise InputError(f"{data_path}: no 'image' in its name, pass --label_path")
+                raise InputError(
+                    f"{data_path}: no 'image' in its name for 'label' to replace, pass --label_path"
+                )
             label_path = data_path.with_name("label".join(data_path.name.rsplit("image", 1)))
         label_path = Path(label_path)
         self.augment, self.crop, self.seed, self.epoch = tuple(augment), crop, seed, 0

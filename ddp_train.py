@@ -5,6 +5,9 @@
 
 Every process takes its share of the slices; the gradients are averaged at each step, so that all
 keep the same weights. `diff TrainUnetDataSet.py ddp_train.py` shows all that this takes.
+
+Ctrl-C ends the launcher with 1 and the processes with it, often before they can say what is kept:
+checkpoints/last.safetensors holds the last finished epoch, --resume goes on from it.
 """
 
 import engine

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from dataloader import AUGMENTATIONS, InputError, SelfDataSet
@@ -29,12 +30,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 RANK = flow.env.get_rank()
 WORLD_SIZE = flow.env.get_world_size()
 
-# What a resumed run takes over from its checkpoint. Paths are not among them: a checkpoint may
+# What a resumed run takes over from its checkpoint, besides --bilinear, --augment and --val_count
+# (see as_flags). Paths are not among them: a checkpoint may
 # come from a stranger, and should not choose which files are written.
-RESUMED = ("epochs", "batch_size", "lr", "base_channels", "bilinear", "crop", "augment", "seed")
+RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed")
 
 # What an interrupt leaves behind: run() says it.
-kept = "no epoch was finished, nothing is kept"
+kept = "nothing was finished, nothing is kept"
 
 
 # ---------------------------------------------------------------- how a script starts and ends
@@ -74,12 +76,16 @@ def run(main):
 def complain(message):
     """Print to stderr under the script's name, and under the rank's if it isn't 0."""
     if RANK > 0:
-        time.sleep(1)  # what is wrong on every rank is said once: rank 0's end ends the job
+        time.sleep(4)  # what is wrong on every rank is said once: rank 0's end ends the job
     who = Path(sys.argv[0]).name + (f" (rank {RANK})" if RANK else "")
     print(f"{who}: {message}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, doc):
+        text = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=text, allow_abbrev=False)
+
     def error(self, message):
         """One line instead of the usage of twenty flags."""
         raise InputError(f"{message} (--help lists the flags)")
@@ -104,7 +110,7 @@ def parse_args(doc, argv=None):
 
     With --resume, the checkpoint's own training arguments are the defaults.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     add = parser.add_argument
     add("--data_path", default="data/train_image", help="folder or TIFF stack of training slices")
     add("--label_path", help="their labels (default: data_path with label for image)")
@@ -148,23 +154,29 @@ def parse_args(doc, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
-        saved = load_checkpoint(args.resume)[2].get("arguments", {})
+        if Path(args.resume).is_dir():
+            raise InputError(f"{args.resume}: a folder can't be resumed, only predicted with")
+        saved = load_checkpoint(args.resume)[2].get("arguments")
         args = parser.parse_args(as_flags(saved, args) + argv)
     return args
 
 
 def as_flags(saved, given):
-    """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
+    """A checkpoint's training arguments as command-line flags, so that argparse checks them.
+
+    Raises InputError where the run was validated on slices that nobody names now.
+    """
+    if not isinstance(saved, dict):
+        return []
+    if saved.get("val_path") and not (given.val_path or given.val_count):
+        raise InputError(f"{given.resume}: was validated on {saved['val_path']}, pass --val_path")
     names = RESUMED if given.val_path else (*RESUMED, "val_count")
-    flags = []
+    flags = ["--bilinear"] if saved.get("bilinear") is True else []
     for name in names:
-        value = saved.get(name)
-        if value is True:
-            flags.append(f"--{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            flags += [f"--{name}", str(value)]
+        if isinstance(saved.get(name), int | float | str):
+            flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
+    if isinstance(saved.get("augment"), list):
+        flags += ["--augment", *(kind for kind in AUGMENTATIONS if kind in saved["augment"])]
     return flags
 
 
@@ -185,6 +197,14 @@ def make_folder(path):
         raise InputError(f"{path}: can't be written to, choose another folder")
 
 
+def check_output(path):
+    """Make the folder of a file to write. Raises InputError if the file can't be written there."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is in the way, it is not a file")
+    make_folder(path.parent)
+
+
 def start(args):
     """Check the arguments against the machine, seed, say what will run; returns the device.
 
@@ -200,10 +220,6 @@ def start(args):
         args.base_channels = 64 if device == "cuda" else 16
         if device == "cpu" and RANK == 0:
             print("no GPU in use: 16 base channels; --base_channels 64 is the paper's net")
-    if Path(args.log_file).suffix == ".csv":
-        raise InputError(f"--log_file {args.log_file}: the .csv is written beside it, name a .txt")
-    make_folder(Path(args.checkpoint_dir))
-    make_folder(Path(args.log_file).parent)
     last = Path(args.checkpoint_dir) / "last.safetensors"
     if last.exists() and not args.resume and RANK == 0:
         print(f"{last} is from an earlier run and will be replaced (--resume {last} goes on)")
@@ -391,9 +407,13 @@ def load_checkpoint(path, trust_pickle=False):
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            texts = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    metadata = {}
+    for key, text in texts.items():
+        with suppress(ValueError):  # others' metadata, such as PyTorch's format: pt, aren't JSON
+            metadata[key] = json.loads(text)
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
     return tensors, optimizer, metadata
 
@@ -449,6 +469,8 @@ def resume(args, net, optimizer):
     except KeyError as error:
         raise InputError(f"{args.resume}: lacks {error}, which resuming needs") from None
     optimizer.load_state_dict(state)
+    global kept
+    kept = f"nothing new was finished, {args.resume} is as it was"
     if RANK == 0:
         print(f"resuming {args.resume} at epoch {epoch}")
         if epoch > args.epochs:
@@ -461,14 +483,25 @@ COLUMNS += ("images_per_second",)
 
 
 def start_log(args, first_epoch):
-    """Empty the log and its CSV, or cut them to the epochs before the first one to run."""
+    """Empty the log and its CSV, or cut them to the epochs before the first one to run.
+
+    Makes the folders that the run writes to. Raises InputError where it can't write.
+    """
     if RANK:
         return
-    log = Path(args.log_file)
-    for path, header in ((log, []), (log.with_suffix(".csv"), [",".join(COLUMNS)])):
-        old = path.read_text().splitlines() if first_epoch > 1 and path.exists() else []
-        lines = header + old[len(header) : len(header) + first_epoch - 1]
-        write_whole(path, "".join(line + "\n" for line in lines).encode())
+    log, table = Path(args.log_file), Path(args.log_file).with_suffix(".csv")
+    if log == table:
+        raise InputError(f"--log_file {log}: the .csv is written beside it, name a .txt")
+    lines, rows = [], []
+    for path in (log, table):
+        check_output(path)
+    make_folder(Path(args.checkpoint_dir))
+    if first_epoch > 1 and log.exists() and table.exists():
+        rows = [row for row in table.read_text().splitlines()[1:] if row.split(",")[0].isdigit()]
+        rows = [row for row in rows if int(row.split(",")[0]) < first_epoch]
+        lines = log.read_text().splitlines()[: len(rows)]
+    write_whole(log, "".join(line + "\n" for line in lines).encode())
+    write_whole(table, "".join(line + "\n" for line in (",".join(COLUMNS), *rows)).encode())
 
 
 def append(path, line):
@@ -484,9 +517,16 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
 
     trained: what train_one_epoch returned; scores: what validate returned; best: {"epoch",
     "loss", "by"} of the epoch with the lowest validation (else training) loss, None before.
+    Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
     """
     global kept
     train_loss, samples, seconds = trained
+    values = (*scores.values(), *(tensor.numpy() for tensor in net.state_dict().values()))
+    if not all(np.isfinite(value).all() for value in values):
+        raise FloatingPointError(
+            f"weights or validation are no longer finite after epoch {epoch}: try a smaller --lr; "
+            "the checkpoint of the epoch before is kept"
+        )
     by = "val_loss" if scores else "train_loss"
     loss = scores.get(by, train_loss)
     improved = best is None or best["by"] != by or loss < best["loss"]

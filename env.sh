@@ -8,6 +8,8 @@
 # of requirements.txt, it is made anew. Everything is in functions, so that a shell that sources
 # this file keeps its options and goes on when something fails.
 
+[ -n "${BASH_VERSION-}" ] || { echo "env.sh: source it from bash" >&2 && return 1; }
+
 unet_say() { echo "env.sh: $*" >&2; }
 
 # Prints the path of a CPython 3.10 that starts and can make environments. A name on PATH proves
@@ -16,7 +18,7 @@ unet_find_python() {
     local candidate
     {
         type -aP python3.10 python3 python
-        ls -d "$(pyenv root 2>/dev/null || echo "$HOME/.pyenv")"/versions/3.10.*/bin/python3.10
+        ls -d "$(pyenv root 2>/dev/null || echo "${PYENV_ROOT:-$HOME/.pyenv}")"/versions/3.10.*/bin/python3.10
         command -v uv >/dev/null && uv python find --system --no-python-downloads 3.10
     } 2>/dev/null | while read -r candidate; do
         if "$candidate" -c '
@@ -50,7 +52,7 @@ unet_install_python() {
 unet_measure_blas() {
     local core
     for core in "" Haswell SkylakeX; do
-        OPENBLAS_CORETYPE=$core .venv/bin/python - "$core" 2>/dev/null <<'PYTHON'
+        env -u OPENBLAS_CORETYPE ${core:+OPENBLAS_CORETYPE=$core} .venv/bin/python - "$core" <<'PYTHON'
 import sys
 import timeit
 
@@ -62,7 +64,7 @@ x = oneflow.tensor(a)
 seconds = [min(timeit.repeat(f, number=1)) for f in (lambda: a @ a, lambda: (x @ x).numpy())]
 print(sum(seconds), *sys.argv[1:])
 PYTHON
-    done | sort -g | head -n 1 | cut -d ' ' -f 2
+    done 2>/dev/null | sort -g | head -n 1 | cut -d ' ' -f 2
 }
 
 unet_make() {
@@ -97,18 +99,24 @@ unet_make() {
 
 unet_requirements() { sha256sum <requirements.txt; }
 
+unet_ready() {
+    [ "$(cat .venv/ready 2>/dev/null)" = "$(unet_requirements)" ] &&
+        .venv/bin/python -c '' 2>/dev/null # or the interpreter was removed
+}
+
 unet_env() {
     local before=$PWD failed=0
     cd "$(dirname "${BASH_SOURCE[0]}")" || return
-    if [ "$(cat .venv/ready 2>/dev/null)" != "$(unet_requirements)" ]; then
+    if ! unet_ready; then
         # One at a time: a second shell waits, then finds the environment ready.
         (
             flock 9
-            [ "$(cat .venv/ready 2>/dev/null)" = "$(unet_requirements)" ] || unet_make
+            unet_ready || unet_make
         ) 9>.venv.lock || failed=1
     fi
     if [ $failed = 0 ]; then
-        source .venv/bin/activate
+        # As bin/activate does, but that breaks when the folder is moved.
+        export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
         export GLOG_minloglevel=2 # no warnings about a missing CUDA driver
         local blas=${OPENBLAS_CORETYPE:-$(cat .venv/blas)}
         [ -z "$blas" ] || export OPENBLAS_CORETYPE=$blas

@@ -18,33 +18,37 @@ import matplotlib
 
 
 def read_log(path):
-    """Log file -> (training losses, validation losses), lists of floats, an epoch an item.
+    """Log file -> (epochs, training losses, validation losses), lists with an item an epoch.
 
-    The second list is empty without validation. Raises OSError or ValueError.
+    Where there was no validation, its loss is NaN. Raises OSError or ValueError.
     """
     if path.suffix != ".csv":
-        return [float(line) for line in path.read_text().split()], []
+        train = [float(line) for line in path.read_text().split()]
+        return list(range(1, len(train) + 1)), train, [float("nan")] * len(train)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if rows and "train_loss" not in rows[0]:
         raise ValueError("no column train_loss")
+    epochs = [int(row["epoch"]) for row in rows]
     train = [float(row["train_loss"]) for row in rows]
-    return train, [float(row["val_loss"]) for row in rows if row.get("val_loss")]
+    return epochs, train, [float(row.get("val_loss") or "nan") for row in rows]
 
 
-def draw(train, val, out):
+def draw(epochs, train, val, out):
     """Write the picture of the losses to the file `out`; the best epoch is marked."""
     import matplotlib.pyplot as plt
 
-    epochs = range(1, len(train) + 1)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(epochs, train, ".-", label="training")
-    judged, name = (val, "validation") if len(val) == len(train) else (train, "training")
-    if judged is val:
+    judged, name = train, "training"
+    if any(loss == loss for loss in val):  # NaN isn't equal to itself
         axes.plot(epochs, val, ".-", label="validation")
-    best = min(epochs, key=lambda epoch: judged[epoch - 1])
-    label = f"lowest {name} loss: {judged[best - 1]:.4f}, epoch {best}"
-    axes.plot(best, judged[best - 1], "*", color="black", markersize=12, label=label)
+        judged, name = val, "validation"
+    loss, best = min(
+        (loss, epoch) for loss, epoch in zip(judged, epochs, strict=True) if loss == loss
+    )
+    label = f"lowest {name} loss: {loss:.4f}, epoch {best}"
+    axes.plot(best, loss, "*", color="black", markersize=12, label=label)
     axes.set(xlabel="epoch", ylabel="loss (binary cross-entropy)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -54,10 +58,16 @@ def draw(train, val, out):
         plt.show()
 
 
+def fail(message):
+    print(f"plot.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = fail
     parser.add_argument("log", type=Path, help="Unet_train.txt or Unet_train.csv")
     parser.add_argument("--out", default="loss.png", help="the picture (default: loss.png)")
     args = parser.parse_args()
@@ -65,26 +75,23 @@ def main():
         matplotlib.use("agg")
     log = args.log
     try:
-        train, val = read_log(log)
+        losses = read_log(log)
         beside = log.with_suffix(".csv")
         if log != beside and beside.exists():
             more = read_log(beside)
-            if [round(loss, 4) for loss in more[0]] == train:  # else it is another run's
-                (train, val), log = more, beside
-        if not train:
+            if [f"{loss:.4f}" for loss in more[1]] == log.read_text().split():
+                losses, log = more, beside  # else it is another run's
+        if not losses[1]:
             raise ValueError("no epoch in it yet")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        print(f"plot.py: {log}: not a loss log ({reason}), train first", file=sys.stderr)
-        return 2
+        fail(f"{log}: not a loss log ({reason}), train first")
     try:
-        draw(train, val, args.out)
+        draw(*losses, args.out)
     except (OSError, ValueError) as error:
-        print(f"plot.py: {args.out}: can't be written ({error})", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {len(train)} epochs of {log}")
-    return 0
+        fail(f"{args.out}: can't be written ({error})")
+    print(f"{args.out}: {len(losses[0])} epochs of {log}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,6 @@ For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.p
 0 = membrane) and NAME_overlay.png (the membrane drawn over the slice).
 """
 
-import argparse
 from pathlib import Path
 
 import engine
@@ -81,9 +80,7 @@ def write_png(path, image):
 
 
 def parse_args():
-    parser = engine.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = engine.Parser(__doc__)
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -118,19 +115,24 @@ def parse_args():
 def main():
     args = parse_args()
     device = engine.pick_device(args.device)
+    net, metadata = engine.net_of_checkpoint(args.checkpoint, args.trust_pickle)
+    if (net.n_channels, net.n_classes) != (1, 1):
+        raise InputError(
+            f"{args.checkpoint}: a net of {net.n_channels} channels and {net.n_classes} classes, "
+            "slices need one of each"
+        )
     slices = list_slices(args.Test_Data_path)
     for _, file, page in slices:  # all of them, before hours of work
         if min(read_slice(file, page).shape) < MIN_SIDE:
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels")
-    net, metadata = engine.net_of_checkpoint(args.checkpoint, args.trust_pickle)
     net = net.to(device).eval()
     threshold = args.threshold if args.threshold is not None else metadata.get("threshold", 0.5)
     folder = Path(args.save_res_path)
     if folder.resolve() == Path(args.Test_Data_path).resolve():
         raise InputError(f"{folder}: holds the slices, choose another --save_res_path")
-    engine.make_folder(folder)
     if args.stack:
-        engine.make_folder(Path(args.stack).parent)
+        engine.check_output(args.stack)
+    engine.make_folder(folder)
 
     probabilities = []
     engine.kept = f"the slices finished so far are in {folder}"

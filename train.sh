@@ -19,7 +19,10 @@ for i in "${!args[@]}"; do
 done
 
 if [ -z "$own_data" ] && [ ! -e data/train_image ]; then
-    if ! python3 data/prepare.py isbi; then
+    code=0
+    python3 data/prepare.py isbi || code=$?
+    [ $code != 130 ] || exit 130 # Ctrl-C
+    if [ $code != 0 ]; then
         echo
         echo "**********************************************************************************"
         echo "* ISBI 2012 can't be had from here: training on a SYNTHETIC SAMPLE instead.       *"

@@ -23,7 +23,7 @@ def test_reads_log_and_csv(tmp_path):
     """The plain log is enough; the CSV of the same run beside it adds the validation loss."""
     log, table = tmp_path / "Unet_train.txt", tmp_path / "Unet_train.csv"
     log.write_text("0.7000\n0.5000\n0.4000\n")
-    assert plot.read_log(log) == ([0.7, 0.5, 0.4], [])
+    assert plot.read_log(log)[:2] == ([1, 2, 3], [0.7, 0.5, 0.4])
     for out in ("alone.png", "both.png", "other.png", "table.png"):
         done = run("Unet_train.csv" if out == "table.png" else log, "--out", out, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -33,7 +33,11 @@ def test_reads_log_and_csv(tmp_path):
         table.write_text(CSV if out == "alone.png" else CSV.replace("0.7", "0.6"))
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("alone", "both", "other")]
     assert pictures[0] == pictures[2] != pictures[1]
-    assert plot.read_log(table) == ([0.6, 0.5, 0.4], [0.65, 0.42, 0.48])
+    assert plot.read_log(table) == ([1, 2, 3], [0.6, 0.5, 0.4], [0.65, 0.42, 0.48])
+    # Resumed elsewhere, and validated only in part: the epochs are those of the CSV.
+    table.write_text(CSV.replace("1,0.700000,0.650000,0.2,0.001,1,1\n", "").replace("0.420000", ""))
+    epochs, train, val = plot.read_log(table)
+    assert (epochs, train, val[1]) == ([2, 3], [0.5, 0.4], 0.48) and val[0] != val[0]
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -41,9 +45,12 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "prose.txt").write_text("not a number\n")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "torn.csv").write_text(CSV + "4,")
     (tmp_path / "good.txt").write_text("0.5\n")
-    cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv")]
+    cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv", "torn.csv")]
     for args in (*cases, ("good.txt", "--out", "no/such/folder.png")):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert args[-1] in done.stderr
+    done = run(cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import oneflow as flow
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 
@@ -92,9 +93,8 @@ def test_symmetries():
 def test_bare_weights_and_old_checkpoints(trained):
     """Weights without our metadata, as PyTorch writes them, work; flow.save needs a flag."""
     tensors, _, _ = engine.load_checkpoint(trained / "checkpoints/best.safetensors")
-    import safetensors.numpy
-
-    safetensors.numpy.save_file(tensors, trained / "bare.safetensors")
+    # PyTorch's own metadata, which aren't JSON
+    safetensors.numpy.save_file(tensors, trained / "bare.safetensors", {"format": "pt"})
     flow.save({name: flow.tensor(t) for name, t in tensors.items()}, str(trained / "old"))
     outputs = []
     for flags in ((), ("--checkpoint", "bare.safetensors"), ("--checkpoint", "old")):
@@ -114,6 +114,9 @@ def test_bad_input_is_one_line(trained):
     small = trained / "small.png"
     cv2.imwrite(str(small), np.zeros((15, 40), np.uint8))
     (trained / "file").write_text("in the way")
+    state = UNet(3, 1, bilinear=False, base_channels=2).state_dict()
+    colour = {name: tensor.numpy() for name, tensor in state.items()}
+    safetensors.numpy.save_file(colour, trained / "colour.safetensors")
     cases = (
         (("--Test_Data_path", "nowhere"), "nowhere"),
         (("--Test_Data_path", "empty"), "empty"),
@@ -122,6 +125,8 @@ def test_bad_input_is_one_line(trained):
         (("--checkpoint", "nothing.safetensors"), "train"),
         (("--checkpoint", "checkpoints"), "--trust_pickle"),
         (("--checkpoint", "file"), "file"),
+        (("--checkpoint", "colour.safetensors"), "3 channels"),
+        (("--stack", "new"), "new"),
         (("--threshold", 1.5), "--threshold"),
         (("--tile", 100), "--tile"),
         (("--device", "cuda"), "--device"),

@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL, one_line, script, train, write_pairs
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 
 
 def tensors_of(path):
@@ -152,13 +153,19 @@ def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
     assert len(log) - done in (0, 1)
 
 
-def test_a_loss_that_is_not_finite_stops(slices, tmp_path):
-    """NaN or infinity ends the run with a message, exit 1, before it reaches a checkpoint."""
-    done = script("TrainUnetDataSet.py", *SMALL, "--lr", "1e30", cwd=tmp_path)
+@pytest.mark.parametrize("count, lr", [(6, "1e30"), (1, "1e38"), (1, "1e20")])
+def test_what_is_not_finite_stops(count, lr, tmp_path):
+    """NaN or infinity ends the run with a message, exit 1, before it reaches a checkpoint.
+
+    With one slice an epoch it shows only in the weights or in the validation after the step.
+    """
+    data = write_pairs(tmp_path / "data", count)
+    flags = ("--lr", lr, "--epochs", 4, "--val_path", data)
+    done = script("TrainUnetDataSet.py", *SMALL, *flags, cwd=tmp_path)
     assert done.returncode == 1 and one_line(done.stderr)
-    assert "the loss became" in done.stderr and "--lr" in done.stderr
-    last = tmp_path / "checkpoints/last.safetensors"
-    assert not last.exists() or all(np.isfinite(t).all() for t in tensors_of(last).values())
+    assert "smaller --lr" in done.stderr
+    for path in (tmp_path / "checkpoints").iterdir():
+        assert all(np.isfinite(tensor).all() for tensor in tensors_of(path).values())
 
 
 BAD = {
@@ -173,7 +180,9 @@ BAD = {
     "unknown flag": (("--epoch_count", 3), "--epoch_count"),
     "checkpoint missing": (("--resume", "nothing.safetensors"), "nothing.safetensors"),
     "checkpoint damaged": (("--resume", "damaged.safetensors"), "damaged.safetensors"),
-    "pickle as checkpoint": (("--resume", "data"), "--trust_pickle"),
+    "folder as checkpoint": (("--resume", "data"), "data"),
+    "abbreviated flag": (("--epoch", 3), "--epoch"),
+    "log is a folder": (("--log_file", "data"), "data"),
     "log in the way": (("--log_file", "loss.csv"), "--log_file"),
     "folder in the way": (("--checkpoint_dir", "damaged.safetensors"), "damaged.safetensors"),
 }
@@ -184,11 +193,31 @@ def test_bad_input_is_one_line(case, slices, tmp_path):
     """Bad input: exit 2, one line that names the file or flag, and nothing written."""
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header....")
     flags, said = BAD[case]
-    before = sorted(tmp_path.rglob("*.*"))
+    before = sorted(tmp_path.rglob("*"))
     done = script("TrainUnetDataSet.py", "--device", "cpu", *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert one_line(done.stderr) and said in done.stderr, done.stderr
-    assert sorted(tmp_path.rglob("*.*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_decides_little(slices, tmp_path):
+    """Resuming takes hyperparameters from the file, never paths or other flags."""
+    train("--epochs", 1, "--val_path", slices, cwd=tmp_path)
+    last = tmp_path / "checkpoints/last.safetensors"
+    done = script("TrainUnetDataSet.py", "--device", "cpu", "--resume", last, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr) and "--val_path" in done.stderr
+
+    tensors, metadata = tensors_of(last), metadata_of(last)
+    hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
+    for name, value in hostile.items():
+        arguments = {**metadata["arguments"], "val_path": None, name: value}
+        arguments |= {"checkpoint_dir": "stolen", "log_file": "stolen.txt"}
+        texts = {k: json.dumps(v) for k, v in {**metadata, "arguments": arguments}.items()}
+        safetensors.numpy.save_file(tensors, tmp_path / "evil.safetensors", texts)
+        flags = ("--resume", "evil.safetensors", "--epochs", 2, "--device", "cpu")
+        done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
+        assert done.returncode == (0 if name == "augment" else 2), done.stderr
+    assert not list(tmp_path.glob("stolen*"))
 
 
 def test_slices_of_different_sizes(tmp_path):
