@@ -31,8 +31,8 @@ RANK = flow.env.get_rank()
 WORLD_SIZE = flow.env.get_world_size()
 
 # What a resumed run takes over from its checkpoint, besides --bilinear, --augment and --val_count
-# (see as_flags). Paths are not among them: a checkpoint may
-# come from a stranger, and should not choose which files are written.
+# (see as_flags). Paths are not among them: a checkpoint may come from a stranger, who should not
+# choose which files are written.
 RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed")
 
 # What an interrupt leaves behind: run() says it.
@@ -57,7 +57,7 @@ def run(main):
         code = 130
         if RANK == 0:
             print(f"\ninterrupted: {kept}", file=sys.stderr)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # a full disk, for example
         code = 1
         complain(error)
     except InputError as error:

@@ -24,10 +24,10 @@ if [ -z "$own_data" ] && [ ! -e data/train_image ]; then
     [ $code != 130 ] || exit 130 # Ctrl-C
     if [ $code != 0 ]; then
         echo
-        echo "**********************************************************************************"
+        echo "***********************************************************************************"
         echo "* ISBI 2012 can't be had from here: training on a SYNTHETIC SAMPLE instead.       *"
         echo "* Scores on it mean NOTHING for real tissue. For real slices see README, 'Data'.  *"
-        echo "**********************************************************************************"
+        echo "***********************************************************************************"
         echo
         python3 data/prepare.py sample
     fi
