@@ -68,7 +68,7 @@ PYTHON
 }
 
 unet_make() {
-    local python
+    local python error
     if [ "$(uname -sm)" != "Linux x86_64" ]; then
         unet_say "oneflow 0.9.0 exists for Linux on x86-64 only, this is $(uname -sm)"
         return 1
@@ -85,13 +85,15 @@ unet_make() {
     [ ! -e .venv ] || unet_say "$PWD/.venv is incomplete or out of date, making it anew"
     unet_say "making .venv with $python ($("$python" --version)), a few minutes and 5 GB"
     rm -rf .venv
-    "$python" -m venv .venv &&
-        .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
-            -r requirements.txt >&2 &&
-        .venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib' 2>/dev/null || {
-        unet_say "installing requirements.txt into .venv failed (network? disk space?), run this again"
+    if ! "$python" -m venv .venv || ! .venv/bin/python -m pip install \
+        --disable-pip-version-check --no-deps -r requirements.txt >&2; then
+        unet_say "making .venv failed, see above (network? disk space?), then run this again"
         return 1
-    }
+    fi
+    if ! error=$(.venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib' 2>&1); then
+        unet_say "the installed packages can't be imported: ${error##*$'\n'}"
+        return 1
+    fi
     unet_measure_blas >.venv/blas
     unet_say "fastest BLAS kernels here: $(cat .venv/blas | grep . || echo "OpenBLAS's own choice")"
     unet_requirements >.venv/ready
