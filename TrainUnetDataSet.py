@@ -15,8 +15,8 @@ from oneflow.utils.data import DataLoader, RandomSampler
 
 
 def Train_Unet(args):
-    device = engine.start(args)
     train_set, val_set = engine.data_sets(args)
+    device = engine.start(args)
 
     net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
     optimizer = optim.Adam(net.parameters(), lr=args.lr)

@@ -189,7 +189,9 @@ class SelfDataSet(Dataset):
             raise InputError("; ".join(problems))
         if crop and crop > min(map(min, self.shapes), default=crop):
             small = min(zip(self.shapes, self.names, strict=True), key=lambda item: min(item[0]))
-            raise InputError(f"a crop of {crop} is larger than slice {small[1]}, {small[0]} pixels")
+            raise InputError(
+                f"a crop of {crop} is larger than slice {small[1]} of {small[0]} pixels"
+            )
 
     def __len__(self):
         return len(self.pairs)

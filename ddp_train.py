@@ -20,8 +20,8 @@ from oneflow.utils.data.distributed import DistributedSampler
 
 
 def Train_Unet(args):
-    device = engine.start(args)
     train_set, val_set = engine.data_sets(args)
+    device = engine.start(args)
 
     net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
     net = ddp(net)

@@ -27,15 +27,17 @@ from tqdm import tqdm
 # Importing oneflow installs a C handler with which Ctrl-C ends in a segmentation fault.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MAIN_PROCESS = os.getpid()
 RANK = flow.env.get_rank()
 WORLD_SIZE = flow.env.get_world_size()
 
 # What a resumed run takes over from its checkpoint, besides --bilinear, --augment and --val_count
-# (see as_flags). Paths are not among them: a checkpoint may come from a stranger, who should not
-# choose which files are written.
+# (see as_flags). Paths have to be said again where they are not the default: a checkpoint may come
+# from a stranger, who should not choose which files are written.
 RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed")
+PATHS = ("data_path", "label_path", "val_path", "checkpoint_dir", "log_file")
 
-# What an interrupt leaves behind: run() says it.
+# What an interrupt leaves behind: interrupt() says it.
 kept = "nothing was finished, nothing is kept"
 
 
@@ -48,15 +50,12 @@ def run(main):
     Among several ranks a process has to end by `os._exit`: OneFlow's own shutdown waits for the
     other ranks, which wait for this one.
     """
+    signal.signal(signal.SIGINT, interrupt)
     code = 0
     try:
         main()
     except SystemExit as exit:
         code = exit.code or 0
-    except KeyboardInterrupt:
-        code = 130
-        if RANK == 0:
-            print(f"\ninterrupted: {kept}", file=sys.stderr)
     except (FloatingPointError, OSError) as error:  # a full disk, for example
         code = 1
         complain(error)
@@ -71,6 +70,18 @@ def run(main):
     if WORLD_SIZE > 1 and code:
         os._exit(code)
     sys.exit(code)
+
+
+def interrupt(*_):
+    """Answer Ctrl-C: say what is kept and end at once, with 130.
+
+    Nothing is lost by that, since files are replaced as a whole. A KeyboardInterrupt that finds its
+    way out through OneFlow and its DataLoader now and then ends in a crash or hangs.
+    """
+    if os.getpid() == MAIN_PROCESS:  # a DataLoader's workers inherit this, and end with us
+        if RANK == 0:
+            os.write(2, f"\ninterrupted: {kept}\n".encode())  # print() may be at work already
+        os._exit(130)
 
 
 def complain(message):
@@ -157,19 +168,21 @@ def parse_args(doc, argv=None):
         if Path(args.resume).is_dir():
             raise InputError(f"{args.resume}: a folder can't be resumed, only predicted with")
         saved = load_checkpoint(args.resume)[2].get("arguments")
+        if not isinstance(saved, dict):
+            saved = {}
+        said = {word.split("=")[0] for word in argv}
+        for name in PATHS:
+            unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
+            if unsaid and saved.get(name) not in (None, getattr(args, name)):
+                raise InputError(
+                    f"{args.resume}: was made with --{name} {saved[name]}, pass --{name}"
+                )
         args = parser.parse_args(as_flags(saved, args) + argv)
     return args
 
 
 def as_flags(saved, given):
-    """A checkpoint's training arguments as command-line flags, so that argparse checks them.
-
-    Raises InputError where the run was validated on slices that nobody names now.
-    """
-    if not isinstance(saved, dict):
-        return []
-    if saved.get("val_path") and not (given.val_path or given.val_count):
-        raise InputError(f"{given.resume}: was validated on {saved['val_path']}, pass --val_path")
+    """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
     names = RESUMED if given.val_path else (*RESUMED, "val_count")
     flags = ["--bilinear"] if saved.get("bilinear") is True else []
     for name in names:
@@ -220,9 +233,6 @@ def start(args):
         args.base_channels = 64 if device == "cuda" else 16
         if device == "cpu" and RANK == 0:
             print("no GPU in use: 16 base channels; --base_channels 64 is the paper's net")
-    last = Path(args.checkpoint_dir) / "last.safetensors"
-    if last.exists() and not args.resume and RANK == 0:
-        print(f"{last} is from an earlier run and will be replaced (--resume {last} goes on)")
     if RANK == 0:
         print(f"device: {device}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     seed_epoch(args.seed, 0)  # for the initial weights
@@ -249,7 +259,7 @@ def data_sets(args):
         val_set = SelfDataSet(args.val_path)
     elif args.val_count:
         if not len(train_set):
-            raise InputError(f"--val_count {args.val_count}: {args.data_path} has no more slices")
+            raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
         held_out = slice(-args.val_count, None)
         val_set = SelfDataSet(args.data_path, args.label_path, keep=held_out)
 
@@ -267,6 +277,9 @@ def data_sets(args):
                 # One pixel is left at the deepest level: no variance for batch normalisation.
                 raise InputError(f"slice {name}: {shape} pixels are too few to train on")
     if RANK == 0:
+        source = Path(args.data_path).parent / "source.txt"  # of data/prepare.py
+        if source.is_file() and "synthetic" in source.read_text(errors="replace"):
+            print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
         print(f"{len(train_set)} training slices, {len(val_set or ())} validation slices")
     return train_set, val_set
 
@@ -288,21 +301,23 @@ def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
     net.train()
     loss_sum, samples = 0.0, 0
     # disable=None: no bar where stderr is a file
-    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=True if RANK else None)
-    for image, label in bar:
-        loss = criterion(net(image.to(device)), label.to(device))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} in epoch {epoch}: try a smaller --lr; "
-                "the checkpoint of the epoch before is kept"
-            )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_sum += value * len(image)
-        samples += len(image)
-        bar.set_postfix(loss=f"{value:.4f}")
+    hidden = True if RANK else None
+    with tqdm(total=len(loader), desc=f"epoch {epoch}", leave=False, disable=hidden) as bar:
+        for image, label in loader:
+            loss = criterion(net(image.to(device)), label.to(device))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss became {value} in epoch {epoch}: try a smaller --lr; "
+                    "the checkpoint of the epoch before is kept"
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum += value * len(image)
+            samples += len(image)
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            bar.update()
     if WORLD_SIZE > 1:
         # Running statistics are each rank's own until the next forward fetches rank 0's. Fetch
         # them now: validation and checkpoint then see one net.
@@ -341,7 +356,7 @@ def validate(net, val_set, criterion, device):
 def write_whole(path, data):
     """Write bytes so that `path` holds either what it held or all of `data`, even after a crash."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.new")  # one name, so that killed runs leave one at most
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -472,9 +487,10 @@ def resume(args, net, optimizer):
     global kept
     kept = f"nothing new was finished, {args.resume} is as it was"
     if RANK == 0:
-        print(f"resuming {args.resume} at epoch {epoch}")
         if epoch > args.epochs:
-            print(f"epoch {args.epochs} is done already, a larger --epochs trains on")
+            print(f"nothing to do: {args.resume} has {epoch - 1} epochs, a larger --epochs goes on")
+        else:
+            print(f"resuming {args.resume} at epoch {epoch}")
     return epoch, best
 
 
@@ -492,6 +508,9 @@ def start_log(args, first_epoch):
     log, table = Path(args.log_file), Path(args.log_file).with_suffix(".csv")
     if log == table:
         raise InputError(f"--log_file {log}: the .csv is written beside it, name a .txt")
+    last = Path(args.checkpoint_dir) / "last.safetensors"
+    if last.exists() and not args.resume:
+        print(f"the checkpoints beside {last} and {log} are replaced (--resume {last} goes on)")
     lines, rows = [], []
     for path in (log, table):
         check_output(path)

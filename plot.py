@@ -85,7 +85,7 @@ def main():
             raise ValueError("no epoch in it yet")
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        fail(f"{log}: not a loss log ({reason}), train first")
+        fail(f"{log}: not a loss log ({reason})")
     try:
         draw(*losses, args.out)
     except (OSError, ValueError) as error:

@@ -100,7 +100,8 @@ def parse_args():
         "--tile",
         type=engine.number(int, 0),
         default=512,
-        help="cut slices with a longer side into tiles of N pixels; 0: never (default: 512)",
+        help="cut slices with a longer side into tiles of N pixels, a multiple of 16 from 208 on; "
+        "0: never (default: 512)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--trust_pickle", action="store_true", help="allow a flow.save folder, which runs code")

@@ -31,8 +31,6 @@ if [ -z "$own_data" ] && [ ! -e data/train_image ]; then
         echo
         python3 data/prepare.py sample
     fi
-elif [ -z "$own_data" ] && grep -q synthetic data/source.txt 2>/dev/null; then
-    echo "Training on the SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue."
 fi
 
 python3 TrainUnetDataSet.py "$@"

@@ -45,7 +45,7 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
     """Loss falls; the line, the log, the CSV and the checkpoints are as the README says."""
     done = train("--epochs", 6, "--val_count", 2, "--lr", 0.003, cwd=tmp_path)
     assert done.stderr == ""
-    assert done.stdout.startswith("device: cpu\n4 training slices, 2 validation slices\n")
+    assert done.stdout.startswith("4 training slices, 2 validation slices\ndevice: cpu\n")
     lines = re.findall(r"^epoch: (\d+) avg loss: (\d+\.\d{6}) time: \d+ s", done.stdout, re.M)
     assert [int(epoch) for epoch, _ in lines] == [1, 2, 3, 4, 5, 6]
     losses = [float(loss) for _, loss in lines]
@@ -202,10 +202,14 @@ def test_bad_input_is_one_line(case, slices, tmp_path):
 
 def test_a_checkpoint_decides_little(slices, tmp_path):
     """Resuming takes hyperparameters from the file, never paths or other flags."""
-    train("--epochs", 1, "--val_path", slices, cwd=tmp_path)
-    last = tmp_path / "checkpoints/last.safetensors"
-    done = script("TrainUnetDataSet.py", "--device", "cpu", "--resume", last, cwd=tmp_path)
-    assert done.returncode == 2 and one_line(done.stderr) and "--val_path" in done.stderr
+    paths = {"--val_path": slices, "--checkpoint_dir": "mine", "--log_file": "mine.txt"}
+    train("--epochs", 1, *(word for pair in paths.items() for word in pair), cwd=tmp_path)
+    last = tmp_path / "mine/last.safetensors"
+    for left_out in paths:  # or it would go on with other data, or into another run's files
+        rest = (word for pair in paths.items() if pair[0] != left_out for word in pair)
+        flags = ("--device", "cpu", "--resume", last, "--epochs", 2, *rest)
+        done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and one_line(done.stderr) and left_out in done.stderr
 
     tensors, metadata = tensors_of(last), metadata_of(last)
     hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
@@ -215,6 +219,7 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         texts = {k: json.dumps(v) for k, v in {**metadata, "arguments": arguments}.items()}
         safetensors.numpy.save_file(tensors, tmp_path / "evil.safetensors", texts)
         flags = ("--resume", "evil.safetensors", "--epochs", 2, "--device", "cpu")
+        flags += ("--checkpoint_dir", "mine", "--log_file", "mine.txt")
         done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
         assert done.returncode == (0 if name == "augment" else 2), done.stderr
     assert not list(tmp_path.glob("stolen*"))
