@@ -5,6 +5,7 @@ Plain functions. Those that print, write or count know that the process may be o
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -51,6 +52,9 @@ def run(main):
     other ranks, which wait for this one.
     """
     signal.signal(signal.SIGINT, interrupt)
+    if WORLD_SIZE > 1:
+        # The launcher can be ended without its ranks: ask the kernel to end them with it.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     code = 0
     try:
         main()
@@ -223,11 +227,6 @@ def start(args):
 
     Sets args.base_channels where it was left open. Raises InputError.
     """
-    if WORLD_SIZE > 1:
-        # The launcher can be killed without its ranks: ask the kernel to end them with it.
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     device = pick_device(args.device)
     if args.base_channels is None:
         args.base_channels = 64 if device == "cuda" else 16
