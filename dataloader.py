@@ -65,7 +65,7 @@ def list_slices(path):
         raise InputError(f"{path}: holds no image (looked for {', '.join(sorted(SUFFIXES))})")
 
     # Digits compare as numbers; re.split alternates text and digits, so like meets like.
-    files.sort(key=lambda f: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", f.name)])
+    files.sort(key=lambda f: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.name)])
     slices = []
     for file in files:
         pages = cv2.imcount(str(file)) if file.suffix.lower() != ".png" else 1

@@ -250,6 +250,10 @@ def seed_epoch(seed, epoch):
 
 def data_sets(args):
     """(training set, validation set or None) as the arguments ask. Raises InputError."""
+    if args.data_path == "data/train_image" and not Path(args.data_path).exists():
+        raise InputError(
+            f"no {args.data_path} here: python3 data/prepare.py isbi (or sample) makes it"
+        )
     keep = slice(None, -args.val_count or None)
     options = {"augment": args.augment, "crop": args.crop, "seed": args.seed, "keep": keep}
     train_set = SelfDataSet(args.data_path, args.label_path, **options)

@@ -170,6 +170,7 @@ def test_what_is_not_finite_stops(count, lr, tmp_path):
 
 BAD = {
     "no such folder": (("--data_path", "nowhere_image"), "nowhere_image"),
+    "no data yet": (("--data_path", "data/train_image"), "data/prepare.py"),
     "no epochs": (("--epochs", 0), "--epochs"),
     "no learning rate": (("--lr", 0), "--lr"),
     "not a number": (("--lr", "nan"), "--lr"),
@@ -193,6 +194,8 @@ def test_bad_input_is_one_line(case, slices, tmp_path):
     """Bad input: exit 2, one line that names the file or flag, and nothing written."""
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header....")
     flags, said = BAD[case]
+    if case == "no data yet":
+        slices.rename(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
     done = script("TrainUnetDataSet.py", "--device", "cpu", *flags, cwd=tmp_path)
     assert done.returncode == 2
