@@ -18,7 +18,10 @@ MIN_SIDE = 16  # four poolings halve a side four times
 
 
 class DoubleConv(nn.Module):
-    """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W)."""
+    """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W).
+
+    Several inputs are concatenated; their channels add up to `in`.
+    """
 
     def __init__(self, in_channels, out_channels, mid_channels=None):
         super().__init__()
@@ -32,8 +35,8 @@ class DoubleConv(nn.Module):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, x):
-        return self.double_conv(x)
+    def forward(self, *parts):
+        return self.double_conv(flow.cat(parts, dim=1) if len(parts) > 1 else parts[0])
 
 
 class Down(nn.Module):
@@ -75,7 +78,7 @@ class Up(nn.Module):
         if missing_h or missing_w:
             left, top = missing_w // 2, missing_h // 2
             x = F.pad(x, (left, missing_w - left, top, missing_h - top))
-        return self.conv(flow.cat([skip, x], dim=1))
+        return self.conv(skip, x)
 
 
 class OutConv(nn.Module):
