@@ -8,6 +8,7 @@
 """
 
 import engine
+from cpu_kernels import accelerate
 from unet import UNet
 
 from oneflow import nn, optim
@@ -19,6 +20,8 @@ def Train_Unet(args):
     device = engine.start(args)
 
     net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    if args.cpu_kernels == "auto":
+        accelerate(net)  # on a CPU; does nothing on a GPU
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
     criterion = nn.BCEWithLogitsLoss()  # on logits: the net has no sigmoid
     first_epoch, best = engine.resume(args, net, optimizer)

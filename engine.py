@@ -35,7 +35,7 @@ WORLD_SIZE = flow.env.get_world_size()
 # What a resumed run takes over from its checkpoint, besides --bilinear, --augment and --val_count
 # (see as_flags). Paths have to be said again where they are not the default: a checkpoint may come
 # from a stranger, who should not choose which files are written.
-RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed")
+RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed", "cpu_kernels")
 PATHS = ("data_path", "label_path", "val_path", "checkpoint_dir", "log_file")
 
 # What an interrupt leaves behind: interrupt() says it.
@@ -166,6 +166,7 @@ def parse_args(doc, argv=None):
         default="Unet_train.txt",
         help="a loss a line; more goes into the .csv beside it (Unet_train.txt)",
     )
+    add_cpu_kernels(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
@@ -183,6 +184,15 @@ def parse_args(doc, argv=None):
                 )
         args = parser.parse_args(as_flags(saved, args) + argv)
     return args
+
+
+def add_cpu_kernels(parser):
+    parser.add_argument(
+        "--cpu_kernels",
+        choices=("auto", "off"),
+        default="auto",
+        help="cpu_kernels.py instead of OneFlow's own slow kernels on a CPU (default: auto)",
+    )
 
 
 def as_flags(saved, given):

@@ -11,6 +11,7 @@ For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.p
 from pathlib import Path
 
 import engine
+from cpu_kernels import accelerate
 from dataloader import InputError, list_slices, normalise, read_slice
 from unet import MIN_SIDE
 
@@ -104,6 +105,7 @@ def parse_args():
         "0: never (default: 512)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    engine.add_cpu_kernels(parser)
     add("--trust_pickle", action="store_true", help="allow a flow.save folder, which runs code")
     args = parser.parse_args()
     if args.threshold is not None and args.threshold > 1:
@@ -127,6 +129,8 @@ def main():
         if min(read_slice(file, page).shape) < MIN_SIDE:
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels")
     net = net.to(device).eval()
+    if args.cpu_kernels == "auto":
+        accelerate(net)
     threshold = args.threshold if args.threshold is not None else metadata.get("threshold", 0.5)
     folder = Path(args.save_res_path)
     if folder.resolve() == Path(args.Test_Data_path).resolve():

@@ -9,6 +9,7 @@ from conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "predict_unet_test.py", "plot.py")
+BENCHMARKS = ("benchmarks/cpu_step.py", "benchmarks/cpu_accuracy.py")
 
 
 def code_of(name):
@@ -50,8 +51,10 @@ def test_flags_are_those_of_help():
     assert all(done.returncode == 0 for done in helps.values())
     existing = {f for done in helps.values() for f in flag.findall(done.stdout)} - {"--help"}
     existing |= set(flag.findall(script("data/prepare.py", "isbi", "--help", cwd=ROOT).stdout))
-    of_launcher_and_pytest = {"--nproc_per_node", "--help"}
-    assert set(flag.findall(README)) <= existing | of_launcher_and_pytest
+    others = {"--nproc_per_node", "--help"}  # of the launcher and of all
+    for name in BENCHMARKS:
+        others |= set(flag.findall(script(name, "--help", cwd=ROOT).stdout))
+    assert set(flag.findall(README)) <= existing | others
     assert existing <= set(flag.findall(README)) | {"--help"}
 
 
@@ -69,6 +72,6 @@ def test_file_tree_is_the_repository():
 
 def test_docstrings_hold_the_command():
     """Every script's docstring shows the exact command that runs it."""
-    for name in (*SCRIPTS, "data/prepare.py"):
+    for name in (*SCRIPTS, *BENCHMARKS, "data/prepare.py"):
         docstring = ast.get_docstring(ast.parse((ROOT / name).read_text()))
         assert re.search(rf"^    python3 (-m oneflow\S+ .*)?(\./)?{name}", docstring, re.M), name
