@@ -7,24 +7,29 @@ OneFlow 0.9 convolves slowly on a CPU. Here NumPy does it, with the minimal filt
 Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016), arXiv:1509.09308, called
 F(m x m, 3 x 3) there and Winograd's elsewhere.
 
-**The mathematics.** Cut the output of a 3x3 correlation into tiles Y of m x m pixels. Each depends
-on a tile d of n x n input pixels, n = m + 2, that overlaps its neighbours by 2. With V(k) the n x k
-Vandermonde matrix of n - 1 points and of infinity, A = V(m), G = V(3) and B^T = V(n)^-T,
+**The mathematics.** Cut the output of a 3x3 correlation into tiles Y of m x m pixels, m = 4. Each
+depends on a tile d of n x n input pixels, n = 6, that overlaps its neighbours by 2. With V(k) the
+n x k Vandermonde matrix of n - 1 points and of infinity, A = V(m), G = V(3) and B^T = V(n)^-T,
 
     Y  = A^T [ sum over c of (G w G^T) * (B^T d B) ] A        equation 12 of the paper
     dw = G^T [ sum over tiles of (A dY A^T) * (B^T d B) ] G   its derivative by w
     dd = the first line, of dY, with w turned by 180 degrees and its channels exchanged
 
-where * multiplies entry by entry. Because of the sums each of the n x n entries is a matrix
-product, (K x C) (C x tiles) in the first line and (K x tiles) (tiles x C) in the second, for C
-channels in and K out. m = 4 multiplies 36 times for 16 pixels instead of 144. Its points 0, 1, -1,
-1/2, -2 keep rounding errors small (Barabasz et al. 2020, arXiv:1803.10986). m = 1 is the direct
-way, with A^T = (1 1 1) and G = B = identity, for images so small that larger weights don't pay.
+where * multiplies entry by entry. Because of the sums each of the 36 entries is a matrix product,
+(tiles x C) (C x K) in the first line and (C x tiles) (tiles x K) in the second, for C channels in
+and K out. That multiplies 36 times for 16 pixels instead of 144. Transforming images costs as much
+for few channels as for many. So where there are few, only columns are transformed (class Rows):
+
+    Y  = A^T [ sum over c and the three pixels of a row of (G w) * (B^T d) ]
+
+The points 0, 1, -1, 1/2, -2 keep rounding errors small (Barabasz et al. 2020, arXiv:1803.10986).
 
 **Speed.** The transforms are matrix products too. All is cut into jobs that fit a core's cache,
 worked off by a Python thread a core (NumPy lets other threads run while it computes), each with one
-BLAS thread. OMP_NUM_THREADS sets their number. Sums don't depend on which thread was faster: with
-the same number of threads a run repeats bit for bit.
+BLAS thread. OMP_NUM_THREADS sets their number; when they are as many as the cores, each stays on
+its own. Every call of NumPy that ends while another thread is in Python costs some 20 microseconds,
+so calls are few and long. Sums don't depend on which thread was faster: with the same number of
+threads a run repeats bit for bit.
 
 **Memory.** A DoubleConv keeps its inputs and the outputs of its two convolutions, and computes the
 rest again in its backward pass. OneFlow reads arrays when it pleases, so one that it was given is
@@ -42,11 +47,14 @@ import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from itertools import count
 from math import ceil, prod
 from pathlib import Path
 
 import unet
 
+import cv2
 import numpy as np
 import oneflow as flow
 from oneflow import nn
@@ -56,25 +64,49 @@ if not flow.cuda.is_available():
     # Saves tensor.numpy() from waiting, now and then, for a thread that waits for this core.
     os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
 
-CORES = str(len(os.sched_getaffinity(0)))
-THREADS = max(1, int((os.environ.get("OMP_NUM_THREADS") or CORES).split(",")[0]))
+CORES = sorted(os.sched_getaffinity(0))
+THREADS = max(1, int((os.environ.get("OMP_NUM_THREADS") or str(len(CORES))).split(",")[0]))
 
 # Sizes of jobs, best on cores with 1 MB of L2 cache; another CPU may like others.
-TILES = 64, 256  # fewest and most tiles in a block
-COLUMNS = 8192  # channels x tiles to transform at a time
 PRODUCT = 1_000_000  # rows x inner x columns up to which OpenBLAS multiplies without repacking
-PIXELS = 262_144  # to work on elementwise at a time
-CHANNELS = 128 * 128  # inputs x outputs from which on sums in parallel take too much memory
+NUMBERS = 262_144  # to work on elementwise at a time
+COLUMNS = 4096  # tiles x channels to transform at a time
+TILES = 64  # fewest in a block
+KERNELS = 32_768  # C x K to transform at a time, where few pixels meet many weights
 MANY = 4  # blocks a thread from which on a job is a block
-SMALL = 200  # pixels in a batch below which m = 1
+TOTAL = 128 * 128  # C x K from which on sums in parallel take too much memory
+NARROW, SMALL = 32, 200  # channels, or pixels in a batch, up to which Rows is faster than Tiles
 
 
 # --------------------------------------------------------------------------- threads and memory
 
 
+def stay(core):
+    """Keep this thread on a core, whose cache then has what it needs, if all cores are to work."""
+    if len(CORES) == THREADS:
+        with suppress(OSError):  # a core that has been taken away since
+            os.sched_setaffinity(0, {CORES[core]})
+
+
+@contextmanager
+def computing():
+    """While a kernel computes, its thread stays on the first core and NumPy does not warn."""
+    cores = os.sched_getaffinity(0)
+    try:
+        stay(0)
+        with np.errstate(all="ignore"):  # infinity and NaN go on without a word, as in OneFlow
+            yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)
+
+
 def start_pool():
     global pool
-    pool = ThreadPoolExecutor(max(1, THREADS - 1), "cpu_kernels")
+    cores = count(1)
+    pool = ThreadPoolExecutor(
+        max(1, THREADS - 1), "cpu_kernels", lambda: stay(next(cores) % THREADS)
+    )
 
 
 start_pool()
@@ -88,7 +120,7 @@ def parallel(work, jobs):
     numbers = iter(range(len(jobs)))  # shared: each thread takes the next
 
     def take():
-        with np.errstate(all="ignore"):  # infinity and NaN go on without a word, as in OneFlow
+        with np.errstate(all="ignore"):
             for i in numbers:
                 results[i] = work(*jobs[i])
 
@@ -122,260 +154,359 @@ def spans(count, size):
 
 
 # ------------------------------------------------------------------------------ 3x3 convolution
+# In here images have their channels last, (N, H, W, C): what is multiplied lies together.
 
 
-def filtering_matrices(m):
-    """(A^T (m, n), G (n, 3), B^T (n, n)) of F(m, 3), float32."""
-    if m == 1:
-        matrices = np.ones((1, 3)), np.eye(3), np.eye(3)
-    else:
-        points = (0, 1, -1, 1 / 2, -2)[: m + 1]
+def filtering_matrices():
+    """(A^T (4, 6), G (6, 3), B^T (6, 6)) of F(4, 3), float32."""
 
-        def vandermonde(k):
-            infinity = [0] * (k - 1) + [1]
-            return np.array([[point**i for i in range(k)] for point in points] + [infinity])
+    def vandermonde(k):
+        infinity = [0] * (k - 1) + [1]
+        return np.array([[p**i for i in range(k)] for p in (0, 1, -1, 1 / 2, -2)] + [infinity])
 
-        matrices = vandermonde(m).T, vandermonde(3), np.linalg.inv(vandermonde(m + 2)).T
+    matrices = vandermonde(4).T, vandermonde(3), np.linalg.inv(vandermonde(6)).T
     return tuple(np.ascontiguousarray(matrix, np.float32) for matrix in matrices)
 
 
-MATRICES = {m: filtering_matrices(m) for m in (1, 4)}
+A_T, G, B_T = filtering_matrices()
+A = np.ascontiguousarray(A_T.T)
 
 
-class Tiling:
-    """How a batch of N images, H x W pixels, is cut: tiles of m x m pixels, blocks of tiles.
-
-    A block is (first image, images, first row, rows, first column, columns), counted in tiles.
-    """
+class Grid:
+    """How a batch of N images, H x W pixels, is cut into tiles of 4 x 4 pixels."""
 
     def __init__(self, images, height, width):
         self.shape = images, height, width
-        self.m = 4 if images * height * width >= SMALL else 1
-        self.rows, self.columns = ceil(height / self.m), ceil(width / self.m)
-
-    def blocks(self, tiles):
-        """Blocks of at most `tiles` tiles: of one image, or the whole batch where it fits."""
-        images = self.shape[0]
-        if images * self.rows * self.columns <= tiles:
-            return [(0, images, 0, self.rows, 0, self.columns)]
-        width = ceil(self.columns / ceil(self.columns / tiles))
-        return [
-            (image, 1, top, bottom - top, left, right - left)
-            for image in range(images)
-            for top, bottom in spans(self.rows, tiles // width)
-            for left, right in spans(self.columns, width)
-        ]
+        self.rows, self.columns = ceil(height / 4), ceil(width / 4)
+        self.side, self.width = 4 * self.rows + 2, in_triples(self.columns)  # padded, in pixels
 
     def padded(self, name, channels):
-        """A scratch image (N, channels, m rows + 2, m columns + 2) for tiles to be cut from.
+        """A scratch batch with a border of zeros: lines of pixels (N side + 1, width, channels).
 
-        Zero outside the image proper, which starts at pixel (1, 1) and is uninitialised.
+        inside() is the batch without the border, uninitialised.
         """
         images, height, width = self.shape
-        whole = scratch(name, images, channels, self.rows * self.m + 2, self.columns * self.m + 2)
-        whole[:, :, 0] = whole[:, :, height + 1 :] = 0
-        whole[:, :, :, 0] = whole[:, :, :, width + 1 :] = 0
-        return whole
+        lines = scratch(name, images * self.side + 1, self.width, channels)
+        lines[-1] = 0  # read behind the last image, for nothing
+        whole = lines[:-1].reshape(images, self.side, self.width, channels)
+        whole[:, 0] = whole[:, height + 1 :] = 0
+        whole[:, :, 0] = whole[:, :, width + 1 :] = 0
+        return lines
 
     def inside(self, padded):
-        return padded[:, :, 1 : self.shape[1] + 1, 1 : self.shape[2] + 1]
+        """The view (N, H, W, C) of a padded batch."""
+        images, height, width = self.shape
+        whole = padded[:-1].reshape(images, self.side, self.width, -1)
+        return whole[:, 1 : height + 1, 1 : width + 1]
 
-    def tiles(self, image, size, start, block, channels):
-        """View of a block's tiles in an image: (size, size, channels, images, rows, columns).
-
-        Tile (i, j) has its first pixel at (m i + start, m j + start).
-        """
-        n, images, y, rows, x, columns = block
-        m = self.m
-        of_image, of_channel, of_row, of_pixel = image.strides
-        offset = n * of_image + channels[0] * of_channel
-        offset += (m * y + start) * of_row + (m * x + start) * of_pixel
-        shape = size, size, channels[1] - channels[0], images, rows, columns
-        strides = of_row, of_pixel, of_channel, of_image, m * of_row, m * of_pixel
-        return np.ndarray(shape, np.float32, image, offset, strides)
+    def steps(self, padded, block, first):
+        """Bytes to a block's pixel (first, first), and to the next (image, line, pixel)."""
+        image, _, y, _, x, _ = block
+        line, pixel, _ = padded.strides
+        offset = (image * self.side + 4 * y + first) * line + (4 * x + first) * pixel
+        return offset, self.side * line, line, pixel
 
 
-def tiles_in(block):
-    return block[1] * block[3] * block[5]
+def in_triples(columns):
+    """Pixels that so many columns of tiles take with their right border, up to a multiple of 3."""
+    return 3 * ceil((4 * columns + 2) / 3)
 
 
-def transform(matrix, tiles, out):
-    """matrix tile matrix^T of each tile: contiguous (n, n, all) -> out (q, q, all)."""
-    q, n = matrix.shape
-    half = scratch("half", q, n, tiles.shape[2])
-    np.matmul(matrix, tiles.transpose(1, 0, 2), out=half.transpose(1, 0, 2))
-    np.matmul(matrix, half, out=out)
+def cut(block, tiles):
+    """Blocks of at most `tiles` tiles that make up a block, in the order of its tiles.
 
-
-def transform_tiles(matrix, tiling, image, start, block, out):
-    """matrix tile matrix^T of a block's tiles in a padded image -> out (n n, C, tiles)."""
-    for channels in spans(image.shape[1], COLUMNS // tiles_in(block)):
-        transform_some(matrix, tiling, image, start, block, out, channels)
-
-
-def transform_some(matrix, tiling, image, start, block, out, channels):
-    """transform_tiles for channels[0] to channels[1] - 1."""
-    q, size = matrix.shape
-    view = tiling.tiles(image, size, start, block, channels)
-    copy = scratch("tiles", *view.shape)
-    copy[...] = view
-    part = slice(channels[0] * tiles_in(block), channels[1] * tiles_in(block))
-    transform(matrix, copy.reshape(size, size, -1), out.reshape(q, q, -1)[:, :, part])
-
-
-def transform_weights(m, weights, turned):
-    """(K, C, 3, 3) -> G w G^T, (n n, K, C); if turned, of w turned by 180 degrees, (n n, C, K)."""
-    g = MATRICES[m][1]
-    both_sides = np.kron(g, g)
-    if turned:
-        both_sides = np.ascontiguousarray(both_sides[:, ::-1])
-    count, channels = weights.shape[:2]
-    flat = weights.reshape(count, channels, 9)
-    result = np.empty((len(both_sides), count, channels), np.float32)
-    np.matmul(both_sides, flat.transpose(0, 2, 1), out=result.transpose(1, 0, 2))
-    return result.transpose(0, 2, 1) if turned else result
-
-
-def correlate(tiling, image, weights, turned=False):
-    """Padded image (N, C, ...), weights (K, C, 3, 3) -> (N, K, H, W): the first line above.
-
-    turned: padded dY (N, K, ...) -> dd (N, C, H, W), the third.
+    A block is (first image, images, first row, rows, first column, columns), counted in tiles.
     """
-    m, to_product = tiling.m, MATRICES[tiling.m][2]
-    images, height, width = tiling.shape
-    channels, count = image.shape[1], weights.shape[1 if turned else 0]
-    output = np.empty((images, count, m * tiling.rows, m * tiling.columns), np.float32)
+    image, images, y, rows, x, columns = block
+    if images * rows * columns <= tiles:
+        return [block]
+    width = ceil(columns / ceil(columns / tiles))
+    return [
+        (n, 1, y + top, bottom - top, x + left, right - left)
+        for n in range(image, image + images)
+        for top, bottom in spans(rows, tiles // width)
+        for left, right in spans(columns, width)
+    ]
+
+
+def shares(count, most):
+    """spans() of `most` or less, all about as long, multiples of 16."""
+    parts = ceil(count / max(16, most))
+    return spans(count, 16 * ceil(count / parts / 16))
+
+
+class Rows:
+    """F(4, 3) down the columns and the direct way along the rows: 4.5 products a pixel.
+
+    The pixels that an output needs in a row are next to each other: 3 C numbers. Those of outputs
+    0, 3, 6 ... make a matrix without being copied, and so do those of 1, 4 ... and of 2, 5 ...
+    """
+
+    weights = np.kron(G, np.eye(3, dtype=np.float32))  # (6 3, 3 3)
+    entries, columns = 6, 2 * COLUMNS
+
+    @staticmethod
+    def size(block):
+        return block[1] * block[3] * in_triples(block[5])
+
+    @staticmethod
+    def analyse(grid, padded, block, gradient, out):
+        """B^T d, or A dY, for each column of pixels of a tile -> out (6, size, C)"""
+        matrix, first = (A, 1) if gradient else (B_T, 0)
+        _, images, _, rows, _, columns = block
+        channels = padded.shape[2]
+        offset, image, line, _ = grid.steps(padded, block, first)
+        shape = images, rows, matrix.shape[1], in_triples(columns) * channels
+        pixels = np.ndarray(shape, np.float32, padded, offset, (image, 4 * line, line, 4))
+        out = out.reshape(6, images, rows, -1)
+        np.matmul(matrix, pixels, out=out.transpose(1, 2, 0, 3))
+        if gradient:  # only what belongs to the block
+            out[..., 4 * columns * channels :] = 0
+
+    @staticmethod
+    def triples(analysed):
+        """(i, n, (6, n, 3 C)): the n triples that start at i, i + 3, ..., for i = 0, 1, 2."""
+        _, size, channels = analysed.shape
+        flat = analysed.reshape(6, -1)
+        for i, n in (0, size // 3), (1, size // 3 - 1), (2, size // 3 - 1):
+            yield i, n, flat[:, i * channels : (i + 3 * n) * channels].reshape(6, n, -1)
+
+    @staticmethod
+    def multiply(analysed, kernels, block):
+        """(6, size, C), (18, C, K) -> output (images, rows, 4, columns, 4, K)"""
+        _, images, _, rows, _, columns = block
+        _, size, channels = analysed.shape
+        count = kernels.shape[2]
+        kernels = kernels.reshape(6, 3 * channels, count)
+        product = scratch("product", 6, size // 3, 3, count)
+        for i, n, triples in Rows.triples(analysed):
+            np.matmul(triples, kernels, out=product[:, :n, i])
+        product = product.reshape(6, images * rows, -1)[..., : 4 * columns * count]
+        result = scratch("result", images * rows, 4, 4 * columns * count)
+        np.matmul(A_T, product.transpose(1, 0, 2), out=result)
+        return result.reshape(images, rows, 4, columns, 4, count)
+
+    @staticmethod
+    def add(total, right, left):
+        """total (18, C, K) += what (6, size, C) and (6, size, K) give"""
+        size, count = left.shape[1:]
+        left = left.reshape(6, size // 3, 3, count)
+        total = total.reshape(6, -1, count)
+        for i, n, triples in Rows.triples(right):
+            for a, b in shares(total.shape[1], PRODUCT // (n * count)):
+                product = scratch("product", 6, b - a, count)
+                np.matmul(triples[:, :, a:b].swapaxes(1, 2), left[:, :n, i], out=product)
+                total[:, a:b] += product
+
+
+class Tiles:
+    """F(4 x 4, 3 x 3): 2.25 products a pixel."""
+
+    weights = np.kron(G, G)  # (6 6, 3 3)
+    entries, columns = 36, COLUMNS
+
+    @staticmethod
+    def size(block):
+        return block[1] * block[3] * block[5]
+
+    @staticmethod
+    def analyse(grid, padded, block, gradient, out):
+        """B^T d B, or A dY A^T, for each tile -> out (36, tiles, C)"""
+        matrix, first = (A, 1) if gradient else (B_T, 0)
+        n, channels = matrix.shape[1], padded.shape[2]
+        done = 0
+        for part in cut(block, COLUMNS // channels):
+            _, images, _, rows, _, columns = part
+            offset, image, line, pixel = grid.steps(padded, part, first)
+            shape = n, n, images, rows, columns, channels
+            strides = line, pixel, image, 4 * line, 4 * pixel, 4
+            tiles = scratch("tiles", *shape)
+            tiles[...] = np.ndarray(shape, np.float32, padded, offset, strides)
+            half = scratch("half", 6, n, Tiles.size(part) * channels)
+            np.matmul(matrix, tiles.reshape(n, -1), out=half.reshape(6, -1))
+            target = out[:, done : done + Tiles.size(part)]
+            np.matmul(matrix, half, out=target.reshape(6, 6, -1))
+            done += Tiles.size(part)
+
+    @staticmethod
+    def multiply(analysed, kernels, block):
+        """(36, tiles, C), (36, C, K) -> output (images, rows, 4, columns, 4, K)"""
+        _, images, _, rows, _, columns = block
+        tiles, count = analysed.shape[1], kernels.shape[2]
+        product = scratch("product", 36, tiles, count)
+        np.matmul(analysed, kernels, out=product)
+        half = scratch("half", 4, 6, tiles * count)
+        np.matmul(A_T, product.reshape(6, -1), out=half.reshape(4, -1))
+        result = scratch("result", 4, 4, tiles * count)
+        np.matmul(A_T, half, out=result)
+        return result.reshape(4, 4, images, rows, columns, count).transpose(2, 3, 0, 4, 1, 5)
+
+    @staticmethod
+    def add(total, right, left):
+        """total (36, C, K) += what (36, tiles, C) and (36, tiles, K) give"""
+        tiles, count = left.shape[1:]
+        for a, b in shares(total.shape[1], PRODUCT // (tiles * count)):
+            product = scratch("product", 36, b - a, count)
+            np.matmul(right[:, :, a:b].swapaxes(1, 2), left, out=product)
+            total[:, a:b] += product
+
+
+class Plan:
+    """Which way a convolution of C to K channels is computed, and in which blocks.
+
+    blocks: (block, start, end), where [start:end] is what belongs to it when all are analysed.
+    """
+
+    def __init__(self, grid, channels, count):
+        images, height, width = grid.shape
+        narrow = min(channels, count) <= NARROW or images * height * width <= SMALL
+        self.grid, self.way = grid, Rows if narrow else Tiles
+        whole = (0, images, 0, grid.rows, 0, grid.columns)
+        blocks = cut(whole, max(TILES, self.way.columns // max(channels, count)))
+        ends = np.cumsum([0, *(self.way.size(block) for block in blocks)]).tolist()
+        self.blocks = list(zip(blocks, ends[:-1], ends[1:], strict=True))
+        self.many = len(blocks) >= MANY * THREADS
+
+    def analyse(self, padded, i, gradient=False):
+        """Block i, analysed in scratch memory."""
+        block, start, end = self.blocks[i]
+        name = "gradient" if gradient else "image"
+        out = scratch(name, self.way.entries, end - start, padded.shape[2])
+        self.way.analyse(self.grid, padded, block, gradient, out)
+        return out
+
+    def analyse_all(self, padded, gradient=False):
+        name = "all gradients" if gradient else "all images"
+        out = scratch(name, self.way.entries, self.blocks[-1][2], padded.shape[2])
+        jobs = [(self.grid, padded, block, gradient, out[:, a:b]) for block, a, b in self.blocks]
+        parallel(self.way.analyse, jobs)
+        return out
+
+    def shares(self, channels, count):
+        """Of `count` weights for each channel, for jobs that each have all of few pixels."""
+        return shares(count, min(ceil(count / (2 * THREADS)), KERNELS // channels))
+
+
+def transform_weights(matrix, weights, turned):
+    """(K, C, 3, 3) -> matrix times each w, (e, C, K); if turned by 180 degrees, (e, K, C)."""
+    count, channels = weights.shape[:2]
+    weights = weights.reshape(count, channels, 9)
+    if turned:
+        matrix, weights = np.ascontiguousarray(matrix[:, ::-1]), weights.transpose(0, 2, 1)
+    else:
+        weights = weights.transpose(1, 2, 0)
+    result = np.empty((len(matrix), len(weights), weights.shape[2]), np.float32)
+    np.matmul(matrix, weights, out=result.transpose(1, 0, 2))
+    return result
+
+
+def correlate(grid, padded, weights, turned=False):
+    """Padded batch of C channels, weights (K, C, 3, 3) -> (N, H, W, K): the first line above.
+
+    turned: padded dY, K channels -> dd (N, H, W, C), the third.
+    """
+    images, height, width = grid.shape
+    channels, count = padded.shape[2], weights.shape[1 if turned else 0]
+    plan = Plan(grid, channels, count)
+    output = np.empty((images, grid.rows, 4, grid.columns, 4, count), np.float32)
 
     def kernels(first, last):
-        part = weights[:, first:last] if turned else weights[first:last]
-        return transform_weights(m, part, turned)
+        some = weights[:, first:last] if turned else weights[first:last]
+        return transform_weights(plan.way.weights, some, turned)
 
-    blocks = tiling.blocks(max(TILES[0], min(TILES[1], COLUMNS // channels)))
-    if len(blocks) >= MANY * THREADS:
-        all_kernels = np.concatenate(parallel(kernels, spans(count, 16)), axis=1)
+    def multiply(analysed, kernels, first, block):
+        image, images, y, rows, x, columns = block
+        size = analysed.shape[1]
+        target = output[image : image + images, y : y + rows, :, x : x + columns]
+        most = min(PRODUCT // (channels * size), COLUMNS * 36 // (plan.way.entries * size))
+        for a, b in shares(kernels.shape[2], most):
+            result = plan.way.multiply(analysed, kernels[:, :, a:b], block)
+            target[..., first + a : first + b] = result
 
-        def work(*block):
-            analysed = scratch("analysed", len(all_kernels), channels, tiles_in(block))
-            transform_tiles(to_product, tiling, image, 0, block, analysed)
-            multiply(tiling, all_kernels, analysed, block, output, 0)
+    if plan.many:
+        all_kernels = np.concatenate(parallel(kernels, spans(count, 16)), axis=2)
 
-        parallel(work, blocks)
+        def work(i):
+            multiply(plan.analyse(padded, i), all_kernels, 0, plan.blocks[i][0])
+
+        parallel(work, [(i,) for i in range(len(plan.blocks))])
     else:  # few pixels, so many weights: a job is some of those
-        all_analysed = transform_all(to_product, tiling, image, 0, blocks, "all analysed")
+        analysed = plan.analyse_all(padded)
 
         def work(first, last):
             some = kernels(first, last)
-            for block, analysed in zip(blocks, all_analysed, strict=True):
-                multiply(tiling, some, analysed, block, output, first)
+            for block, a, b in plan.blocks:
+                multiply(analysed[:, a:b], some, first, block)
 
-        parallel(work, spans(count, 32))
-    return output[:, :, :height, :width]
-
-
-def multiply(tiling, kernels, analysed, block, output, first):
-    """Kernels (n n, K, C) times a block (n n, C, tiles), into output's channels from `first` on."""
-    to_output = MATRICES[tiling.m][0]
-    m, n = to_output.shape
-    channels, tiles = analysed.shape[1:]
-    for a, b in spans(kernels.shape[1], min(PRODUCT // (channels * tiles), COLUMNS // tiles)):
-        product = scratch("product", n * n, b - a, tiles)
-        np.matmul(kernels[:, a:b], analysed, out=product)
-        result = scratch("result", m, m, (b - a) * tiles)
-        transform(to_output, product.reshape(n, n, -1), result)
-        # Put rows of pixels together here, since far-off memory wants to be written once.
-        image, images, y, rows, x, columns = block
-        pixels = scratch("pixels", b - a, images, rows, m, columns, m)
-        result = result.reshape(m, m, b - a, images, rows, columns)
-        for i in range(m):  # NumPy interleaves column by column faster than all at once
-            pixels[..., i] = result[:, i].transpose(1, 2, 3, 0, 4)
-        target = output[image : image + images, first + a : first + b]
-        target = target[:, :, m * y : m * (y + rows), m * x : m * (x + columns)]
-        target[...] = pixels.reshape(b - a, images, m * rows, m * columns).swapaxes(0, 1)
+        parallel(work, plan.shares(channels, count))
+    output = output.reshape(images, 4 * grid.rows, 4 * grid.columns, count)
+    return np.ascontiguousarray(output[:, :height, :width])
 
 
-def transform_all(matrix, tiling, image, start, blocks, name):
-    """transform_tiles of several blocks at once -> list of scratch arrays (n n, C, tiles)."""
-    channels, size = image.shape[1], len(matrix) ** 2
-    ends = np.cumsum([tiles_in(block) * channels * size for block in blocks])
-    parts = np.split(scratch(name, ends[-1]), ends[:-1])
-    results = [part.reshape(size, channels, -1) for part in parts]
-
-    def work(i, *some):
-        transform_some(matrix, tiling, image, start, blocks[i], results[i], some)
-
-    step = COLUMNS // tiles_in(blocks[0])
-    parallel(work, [(i, *some) for i in range(len(blocks)) for some in spans(channels, step)])
-    return results
-
-
-def weight_gradient(tiling, image, gradient):
-    """Padded image (N, C, ...), padded dY (N, K, ...) -> dw (K, C, 3, 3): the second line above."""
-    to_output, g, to_product = MATRICES[tiling.m]
-    from_output, both_sides = np.ascontiguousarray(to_output.T), np.kron(g, g)
-    channels, count = image.shape[1], gradient.shape[1]
+def weight_gradient(grid, image, gradient):
+    """Padded batch and padded dY -> dw (K, C, 3, 3): the second line above."""
+    channels, count = image.shape[2], gradient.shape[2]
+    plan = Plan(grid, channels, count)
+    weights = plan.way.weights
     dw = np.empty((count, channels, 9), np.float32)
-    blocks = tiling.blocks(TILES[1])
-    if len(blocks) >= MANY * THREADS:
+    if plan.many:
 
         def work(first, last):
-            return sum_blocks(from_output, to_product, tiling, image, gradient, blocks[first:last])
+            total = np.zeros((len(weights), channels, count), np.float32)
+            for i in range(first, last):
+                left, right = plan.analyse(gradient, i, gradient=True), plan.analyse(image, i)
+                plan.way.add(total, right, left)
+            return total
 
-        jobs = THREADS if channels * count > CHANNELS else MANY * THREADS  # each has a total
-        total = sum(parallel(work, spans(len(blocks), ceil(len(blocks) / jobs))))
-        np.matmul(total.transpose(1, 2, 0), both_sides, out=dw)
+        jobs = THREADS if channels * count > TOTAL else MANY * THREADS  # each has a total
+        total = sum(parallel(work, spans(len(plan.blocks), ceil(len(plan.blocks) / jobs))))
+        np.matmul(total.transpose(1, 2, 0), weights, out=dw.transpose(1, 0, 2))
     else:
-        left = transform_all(from_output, tiling, gradient, 1, blocks, "all left")
-        right = transform_all(to_product, tiling, image, 0, blocks, "all right")
+        left, right = plan.analyse_all(gradient, gradient=True), plan.analyse_all(image)
 
         def work(a, b):
-            for c, d in spans(channels, 128):
-                products = (
-                    x[:, a:b] @ y[:, c:d].swapaxes(1, 2) for x, y in zip(left, right, strict=True)
-                )
-                np.matmul(sum(products).transpose(1, 2, 0), both_sides, out=dw[a:b, c:d])
+            total = scratch("total", len(weights), channels, b - a)
+            total[...] = 0
+            for _, c, d in plan.blocks:
+                plan.way.add(total, right[:, c:d], left[:, c:d, a:b])
+            np.matmul(total.transpose(1, 2, 0), weights, out=dw[a:b].transpose(1, 0, 2))
 
-        parallel(work, spans(count, min(64, ceil(count / THREADS))))
+        parallel(work, plan.shares(channels, count))
     return dw.reshape(count, channels, 3, 3)
-
-
-def sum_blocks(from_output, to_product, tiling, image, gradient, blocks):
-    """The sum over some blocks' tiles of the second line -> (n n, K, C)."""
-    size, channels, count = len(to_product) ** 2, image.shape[1], gradient.shape[1]
-    total = np.zeros((size, count, channels), np.float32)
-    for block in blocks:
-        left = scratch("left", size, count, tiles_in(block))
-        right = scratch("right", size, channels, tiles_in(block))
-        transform_tiles(from_output, tiling, gradient, 1, block, left)
-        transform_tiles(to_product, tiling, image, 0, block, right)
-        for a, b in spans(count, 16):  # OpenBLAS wants small ones for this product
-            for c, d in spans(channels, 64):
-                product = scratch("product", size, b - a, d - c)
-                np.matmul(left[:, a:b], right[:, c:d].swapaxes(1, 2), out=product)
-                total[:, a:b, c:d] += product
-    return total
 
 
 # ---------------------------------------------------------------- batch normalisation with ReLU
 
 
-def pieces(image):
-    """Index tuples (image, channels, rows) that cut (N, C, H, W) into some PIXELS pixels each."""
-    images, channels, height, width = image.shape
-    return [
-        (n, slice(*some_channels), slice(*some_rows))
-        for n in range(images)
-        for some_channels in spans(channels, PIXELS // (height * width))
-        for some_rows in spans(height, PIXELS // width)
-    ]
+def pieces(images, height, numbers):
+    """(image, first row, last row) that cut images with so many numbers a row into pieces."""
+    rows = spans(height, NUMBERS // numbers)
+    return [(n, *some) for n in range(images) for some in rows]
 
 
-def column(values, piece):
-    """The piece's part of values (C,), float32, shaped to multiply (C, H, W)."""
-    return values[piece[1]].astype(np.float32)[:, None, None]
+def pieces_of(x):
+    """The pieces of (N, H, W, C)."""
+    return pieces(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+def lines(x, piece):
+    """The view (rows, W C) of a piece of (N, H, W, C)."""
+    n, a, b = piece
+    return x[n, a:b].reshape(b - a, -1)
+
+
+def along(x, values):
+    """Values (C,) for each of the W C numbers of a line, float32."""
+    return np.tile(values.astype(np.float32), x.shape[2])
+
+
+def add_up(x, sums):
+    """Pieces' sums over their lines, (W C,) each -> sums over all pixels, (C,), float64."""
+    return np.sum(sums, axis=0, dtype=np.float64).reshape(-1, x.shape[3]).sum(0)
 
 
 class Normalisation:
-    """y = max(0, batch normalisation of x), for x (N, C, H, W) without the convolution's bias.
+    """y = max(0, batch normalisation of x), for x (N, H, W, C) without the convolution's bias.
 
     Ioffe and Szegedy (2015), arXiv:1502.03167: with the batch's mean and deviation if the layer is
     training, whose running statistics then move; else with those. y = max(0, scale x + shift),
@@ -384,93 +515,82 @@ class Normalisation:
 
     def __init__(self, layer, bias, x, gamma, beta):
         self.x, self.training = x, layer.training
-        self.count = x.size // x.shape[1]
+        self.count = x.size // x.shape[3]
         if layer.training:
             self.mean, variance = statistics(x)
             unbiased = variance * self.count / (self.count - 1)
-            news = (layer.running_mean, self.mean + bias), (layer.running_var, unbiased)
-            for buffer, new in news:
-                moved = (1 - layer.momentum) * buffer.numpy() + layer.momentum * new
-                buffer.copy_(flow.from_numpy(moved.astype(np.float32)))
+            moves = (layer.running_mean, self.mean + bias), (layer.running_var, unbiased)
+            for buffer, new in moves:
+                # OneFlow's operations, since waiting for the buffer's numbers takes longer.
+                news = flow.from_numpy((layer.momentum * new).astype(np.float32))
+                buffer.mul_(1 - layer.momentum).add_(news)
             layer.num_batches_tracked.add_(1)
         else:
             self.mean, variance = layer.running_mean.numpy() - bias, layer.running_var.numpy()
         self.inverse = 1 / np.sqrt(variance.astype(np.float64) + layer.eps)  # of the deviation
-        self.scale = gamma * self.inverse
+        self.scale = gamma * self.inverse + 0.0  # no negative zero
         self.shift = beta - self.scale * self.mean
 
-    def affine(self, scale, shift, piece):
-        """scale x + shift of a piece, in scratch memory."""
-        x = self.x[piece]
-        value = np.multiply(x, column(scale, piece), out=scratch("value", *x.shape))
-        value += column(shift, piece)
-        return value
+    def output(self, write):
+        """Call write(piece, y of the piece) for all pieces; y is scratch memory."""
+        scale, shift = along(self.x, self.scale), along(self.x, self.shift)
+        zeros = np.zeros_like(shift)  # NumPy compares arrays faster than numbers
 
-    def write_output(self, y):
         def work(*piece):
-            value = self.affine(self.scale, self.shift, piece)
-            zero = scratch("zero", *value.shape)  # NumPy compares arrays faster than numbers
-            zero[...] = 0
-            y[piece] = np.maximum(value, zero, out=value)
+            x = lines(self.x, piece)
+            value = np.multiply(x, scale, out=scratch("value", *x.shape))
+            value += shift
+            write(piece, np.maximum(value, zeros, out=value))
 
-        parallel(work, pieces(self.x))
+        parallel(work, pieces_of(self.x))
 
-    def write_gradient(self, dy, dx):
-        """Write x's gradient into dx; returns those of gamma, beta and the convolution's bias."""
+    def gradient(self, dy, dx):
+        """dy(piece) gives lines of dy. Writes dx; returns the gradients of gamma, beta and bias."""
+        scale = along(self.x, self.scale)
+        # scale x + shift > 0 <=> x > -shift / scale, or for negative scales the opposite
+        threshold = along(self.x, -self.shift / self.scale)
+        negative = scale < 0
 
         def mask(*piece):
-            value = self.affine(self.scale, self.shift, piece)
-            np.multiply(dy[piece], value > 0, out=value)
-            dx[piece] = value
-            return value.sum((1, 2)), np.einsum("chw,chw->c", value, self.x[piece])
+            x, masked = lines(self.x, piece), lines(dx, piece)
+            np.multiply(dy(piece), (x > threshold) ^ negative, out=masked)
+            return masked.sum(0), np.einsum("ij,ij->j", masked, x)
 
-        dbeta, dgamma = sum_channels(self.x, parallel(mask, pieces(self.x)))
+        sums = parallel(mask, pieces_of(self.x))
+        dbeta, dgamma = (add_up(self.x, some) for some in zip(*sums, strict=True))
         dgamma = (dgamma - self.mean * dbeta) * self.inverse
         # dx = scale (dy - mean of dy - normalised x * mean of dy * normalised x)
         slope = -self.scale * self.inverse * dgamma / self.count
         constant = -self.scale * dbeta / self.count - slope * self.mean
+        slope, constant = along(self.x, slope), along(self.x, constant)
 
         def finish(*piece):
-            masked = dx[piece]
-            part = scratch("part", *masked.shape)
-            np.multiply(masked, column(self.scale, piece), out=part)
+            masked = lines(dx, piece)
+            masked *= scale
             if self.training:
-                part += self.affine(slope, constant, piece)
-            masked[...] = part
+                x = lines(self.x, piece)
+                value = np.multiply(x, slope, out=scratch("value", *x.shape))
+                value += constant
+                masked += value
 
-        parallel(finish, pieces(self.x))
+        parallel(finish, pieces_of(self.x))
         # The batch's mean takes a bias away again.
         dbias = np.zeros_like(dbeta) if self.training else self.scale * dbeta
         return dgamma, dbeta, dbias
 
 
-def sum_channels(x, results):
-    """Add up what was computed for each of pieces(x), tuples of (C,), to float64 (tuple, C)."""
-    totals = np.zeros((len(results[0]), x.shape[1]))
-    for (_, channels, _), result in zip(pieces(x), results, strict=True):
-        totals[:, channels] += result
-    return totals
-
-
 def statistics(x):
-    """(mean, biased variance) of the channels of (N, C, H, W), float64.
+    """(mean, biased variance) of the channels of (N, H, W, C), float64."""
+    count = x.size // x.shape[3]
+    mean = add_up(x, parallel(lambda *piece: lines(x, piece).sum(0), pieces_of(x))) / count
+    means = along(x, mean)
 
-    Pieces have their own, so that large means don't drown small variances; then they are merged.
-    """
+    def squares(*piece):
+        part = lines(x, piece)
+        centred = np.subtract(part, means, out=scratch("value", *part.shape))
+        return np.einsum("ij,ij->j", centred, centred)
 
-    def work(*piece):
-        part = x[piece]
-        part = part.reshape(len(part), -1)
-        mean = part.mean(1)
-        centred = np.subtract(part, mean[:, None], out=scratch("value", *part.shape))
-        mean, squares = mean.astype(np.float64), np.einsum("ci,ci->c", centred, centred)
-        size = part.shape[1]
-        return size * mean, size * mean**2, squares
-
-    sums, between, within = sum_channels(x, parallel(work, pieces(x)))
-    count = x.size // x.shape[1]
-    mean = sums / count
-    return mean, np.maximum(between / count - mean**2, 0) + within / count
+    return mean, add_up(x, parallel(squares, pieces_of(x))) / count
 
 
 # ------------------------------------------------------- layers: arrays in, arrays out, and back
@@ -479,12 +599,25 @@ def statistics(x):
 class Kernel:
     """Computes one call of a module; forward() leaves in it what backward() needs.
 
-    forward: inputs and parameters, as arrays -> output. backward: its gradient, and for which of
-    forward's arguments one is needed -> theirs.
+    forward: `inputs` inputs and the parameters, as arrays -> output. backward: its gradient ->
+    theirs, arrays of any shape, or None for what is not `needed`.
     """
 
-    def __init__(self, module, inputs):
-        self.module, self.inputs = module, inputs
+    def __init__(self, module, inputs, needed):
+        self.module, self.inputs, self.needed = module, inputs, needed
+
+
+def planes(image, piece):
+    """The view (C, pixels) of a piece's rows in an image (N, C, H, W)."""
+    n, a, b = piece
+    _, channels, height, width = image.shape
+    return image[n].reshape(channels, height * width)[:, a * width : b * width]
+
+
+def channels_last(image, piece):
+    """A piece of (N, C, H, W) -> (pixels, C), in scratch memory."""
+    part = planes(image, piece)
+    return cv2.transpose(part, scratch("last", *part.shape[::-1]))
 
 
 class DoubleConvolution(Kernel):
@@ -494,105 +627,140 @@ class DoubleConvolution(Kernel):
         self.images, self.parameters = arrays[: self.inputs], arrays[self.inputs :]
         w1, bias1, gamma1, beta1, w2, bias2, gamma2, beta2 = self.parameters
         images, _, height, width = self.images[0].shape
-        self.tiling = Tiling(images, height, width)
-        x = correlate(self.tiling, self.padded_images(), w1)
+        self.grid = Grid(images, height, width)
+        x = correlate(self.grid, self.padded_images(), w1)
         self.first = Normalisation(self.module.double_conv[1], bias1, x, gamma1, beta1)
-        x = correlate(self.tiling, self.padded_middle(), w2)
+        x = correlate(self.grid, self.padded_middle(), w2)
         self.second = Normalisation(self.module.double_conv[4], bias2, x, gamma2, beta2)
-        y = np.empty(x.shape, np.float32)
-        self.second.write_output(y)
+        y = np.empty((images, len(w2), height, width), np.float32)
+        self.second.output(
+            lambda piece, part: cv2.transpose(part.reshape(-1, len(w2)), planes(y, piece))
+        )
         return y
 
     def padded_images(self):
-        padded = self.tiling.padded("padded", sum(image.shape[1] for image in self.images))
-        inside = self.tiling.inside(padded)
-        for image in self.images:
-            parallel(np.copyto, [(inside[piece], image[piece]) for piece in pieces(image)])
-            inside = inside[:, image.shape[1] :]
+        padded = self.grid.padded("padded", sum(image.shape[1] for image in self.images))
+        inside = self.grid.inside(padded)
+
+        def write(*piece):
+            n, a, b = piece
+            channel = 0
+            for image in self.images:
+                last = channels_last(image, piece).reshape(b - a, -1, image.shape[1])
+                inside[n, a:b, :, channel : channel + last.shape[2]] = last
+                channel += last.shape[2]
+
+        parallel(write, pieces_of(inside))
         return padded
 
     def padded_middle(self):
         """What goes from the first half into the second."""
-        padded = self.tiling.padded("padded", self.first.x.shape[1])
-        self.first.write_output(self.tiling.inside(padded))
+        padded = self.grid.padded("padded", self.first.x.shape[3])
+        inside = self.grid.inside(padded)
+        self.first.output(lambda piece, part: np.copyto(lines(inside, piece), part))
         return padded
 
-    def backward(self, dy, needed):
-        *images_needed, w1_needed, _, _, _, w2_needed, _, _, _ = needed
+    def backward(self, dy):
+        *images_needed, w1_needed, _, _, _, w2_needed, _, _, _ = self.needed
         w1, w2 = self.parameters[0], self.parameters[4]
         dw1 = dw2 = None
+        images = [None] * self.inputs
+
+        def dy_lines(piece):
+            return channels_last(dy, piece).reshape(piece[2] - piece[1], -1)
+
         # Arrays that are done with are let go of at once: here memory use is highest.
-        dx2 = self.tiling.padded("padded gradient", dy.shape[1])
-        dgamma2, dbeta2, dbias2 = self.second.write_gradient(dy, self.tiling.inside(dx2))
+        dx2 = self.grid.padded("padded gradient", dy.shape[1])
+        dgamma2, dbeta2, dbias2 = self.second.gradient(dy_lines, self.grid.inside(dx2))
         self.second = None
         if w2_needed:
-            dw2 = weight_gradient(self.tiling, self.padded_middle(), dx2)
-        dmiddle = correlate(self.tiling, dx2, w2, turned=True)
+            dw2 = weight_gradient(self.grid, self.padded_middle(), dx2)
+        middle = correlate(self.grid, dx2, w2, turned=True)
 
-        dx1 = self.tiling.padded("padded gradient", dmiddle.shape[1])  # dx2's memory
-        dgamma1, dbeta1, dbias1 = self.first.write_gradient(dmiddle, self.tiling.inside(dx1))
-        self.first = dmiddle = None
+        dx1 = self.grid.padded("padded gradient", middle.shape[3])  # dx2's memory
+        dgamma1, dbeta1, dbias1 = self.first.gradient(
+            lambda piece: lines(middle, piece), self.grid.inside(dx1)
+        )
+        self.first = middle = None
         if w1_needed:
-            dw1 = weight_gradient(self.tiling, self.padded_images(), dx1)
-        images = [None] * self.inputs
+            dw1 = weight_gradient(self.grid, self.padded_images(), dx1)
         if any(images_needed):
-            ends = np.cumsum([image.shape[1] for image in self.images])
-            images = np.split(correlate(self.tiling, dx1, w1, turned=True), ends[:-1], axis=1)
+            dx = correlate(self.grid, dx1, w1, turned=True)
+            images = [np.empty(image.shape, np.float32) for image in self.images]
+
+            def write(*piece):
+                part = lines(dx, piece).reshape(-1, dx.shape[3])
+                for image in images:
+                    cv2.transpose(part[:, : image.shape[1]], planes(image, piece))
+                    part = part[:, image.shape[1] :]
+
+            parallel(write, pieces_of(dx))
         return *images, dw1, dbias1, dgamma1, dbeta1, dw2, dbias2, dgamma2, dbeta2
 
 
 class TransposedConvolution(Kernel):
-    """nn.ConvTranspose2d with a 2x2 kernel and stride 2: every pixel becomes 2x2 pixels."""
+    """nn.ConvTranspose2d with a 2x2 kernel and stride 2: every pixel becomes 2x2 pixels.
+
+    Channels last, a pixel of C numbers times a (C, 2 K) matrix is two pixels of K numbers that
+    follow each other, in an even line of the output; another matrix gives those in the odd line.
+    """
 
     def forward(self, x, weights, bias):
-        self.x, self.weights = x, weights
+        self.x = x
         images, channels, height, width = x.shape
         count = weights.shape[1]
-        flat = weights.reshape(channels, 4 * count).T
-        y = np.empty((images, count, height, 2, width, 2), np.float32)
+        # (line, C, pixel K)
+        self.weights = np.ascontiguousarray(weights.transpose(2, 0, 3, 1)).reshape(2, channels, -1)
+        biases = np.tile(bias, 2)
+        y = np.empty((images, count, height, 2, 2 * width), np.float32)
 
-        def work(n, top, bottom, first, last):
-            pixels = x[n, :, top:bottom].reshape(channels, -1)
-            product = scratch("product", 4 * (last - first), pixels.shape[1])
-            np.matmul(flat[4 * first : 4 * last], pixels, out=product)
-            product = product.reshape(last - first, 2, 2, bottom - top, width)
-            product += bias[first:last, None, None, None, None]
-            rows = scratch("pixels", last - first, bottom - top, 2, width, 2)
-            for i, j in np.ndindex(2, 2):
-                rows[:, :, i, :, j] = product[:, i, j]
-            y[n, first:last, top:bottom] = rows
+        def work(n, a, b):
+            pixels = channels_last(x, (n, a, b))
+            pairs = scratch("pairs", len(pixels), 2 * count)
+            line = scratch("line", count, b - a, 2 * width)
+            for i in range(2):
+                np.matmul(pixels, self.weights[i], out=pairs)
+                np.add(pairs, biases, out=pairs)
+                cv2.transpose(pairs.reshape(-1, count), line.reshape(count, -1))
+                y[n, :, a:b, i] = line
 
-        rows, parts = spans(height, 1024 // width), spans(count, 64)
-        parallel(work, [(n, *r, *p) for n in range(images) for r in rows for p in parts])
+        parallel(work, pieces(images, height, 4 * width * count))
         return y.reshape(images, count, 2 * height, 2 * width)
 
-    def backward(self, dy, needed):
+    def backward(self, dy):
         images, channels, height, width = self.x.shape
-        count = self.weights.shape[1]
-        x = self.x.reshape(images, channels, -1)
-        flat = self.weights.reshape(channels, 4 * count)
-        dy = dy.reshape(images, count, height, 2, width, 2)
-        sorted_dy = np.empty((images, count, 2, 2, height, width), np.float32)
-        dx, dw = np.empty_like(x), np.zeros_like(flat)
+        count = dy.shape[1]
+        dy = dy.reshape(images, count, height, 2, 2 * width)
+        last = np.empty((2, images, height, width, 2 * count), np.float32)
+        dx, dw = np.empty_like(self.x), np.zeros_like(self.weights)
 
-        def sort(n, a, b):
-            for i, j in np.ndindex(2, 2):
-                sorted_dy[n, a:b, i, j] = dy[n, a:b, :, i, :, j]
+        def work(n, a, b):
+            line = scratch("line", count, b - a, 2 * width)
+            dpixels = scratch("pixels", (b - a) * width, channels)
+            odd = scratch("odd", *dpixels.shape)
+            dbias = 0
+            for i, out in enumerate((dpixels, odd)):
+                line[...] = dy[n, :, a:b, i]
+                dbias += line.sum((1, 2))
+                pairs = last[i, n, a:b].reshape(-1, 2 * count)
+                cv2.transpose(line.reshape(count, -1), pairs.reshape(-1, count))
+                np.matmul(pairs, self.weights[i].T, out=out)
+            dpixels += odd
+            cv2.transpose(dpixels, planes(dx, (n, a, b)))
+            return dbias
 
-        step = PIXELS // (4 * height * width)
-        parallel(sort, [(n, *some) for n in range(images) for some in spans(count, step)])
-        by_pixel = sorted_dy.reshape(images, 4 * count, -1)
+        dbias = sum(parallel(work, pieces(images, height, 4 * width * count)))
 
-        def of_input(n, a, b):
-            np.matmul(flat, by_pixel[n, :, a:b], out=dx[n, :, a:b])
-
-        def of_weights(a, b):
+        def of_weights(i, a, b):
             for n in range(images):
-                dw[:, a:b] += x[n] @ by_pixel[n, a:b].T
+                dw[i, a:b] += self.x[n, a:b].reshape(b - a, -1) @ last[i, n].reshape(-1, 2 * count)
 
-        parallel(of_input, [(n, *some) for n in range(images) for some in spans(x.shape[2], 512)])
-        parallel(of_weights, spans(4 * count, 128))
-        return dx.reshape(self.x.shape), dw, sorted_dy.sum((0, 2, 3, 4, 5))
+        parallel(
+            of_weights,
+            [(i, *some) for i in range(2) for some in shares(channels, ceil(channels / THREADS))],
+        )
+        dw = dw.reshape(2, channels, 2, count).transpose(1, 3, 0, 2)
+        return dx, dw, dbias
 
 
 class PointwiseConvolution(Kernel):
@@ -600,16 +768,39 @@ class PointwiseConvolution(Kernel):
 
     def forward(self, x, weights, bias):
         self.x, self.weights = x, weights
-        images, channels, height, width = x.shape
-        y = weights[:, :, 0, 0] @ x.reshape(images, channels, -1)
-        y += bias[:, None]
-        return y.reshape(images, -1, height, width)
+        images, _, height, width = x.shape
+        y = np.empty((images, len(weights), height, width), np.float32)
 
-    def backward(self, dy, needed):
-        images, channels = self.x.shape[:2]
-        x, dy = self.x.reshape(images, channels, -1), dy.reshape(images, len(self.weights), -1)
-        dx = self.weights[:, :, 0, 0].T @ dy
-        return dx.reshape(self.x.shape), sum(dy @ x.transpose(0, 2, 1)), dy.sum((0, 2))
+        def work(*piece):
+            part = np.matmul(weights[:, :, 0, 0], planes(x, piece))
+            np.add(part, bias[:, None], out=planes(y, piece))
+
+        parallel(work, pieces(images, height, x.shape[1] * width))
+        return y
+
+    def backward(self, dy):
+        images, channels, height, width = self.x.shape
+        flat = np.ascontiguousarray(self.weights[:, :, 0, 0].T)
+        dx = np.empty_like(self.x)
+
+        def work(*piece):
+            part = planes(dy, piece)
+            np.matmul(flat, part, out=planes(dx, piece))
+            return part @ planes(self.x, piece).T, part.sum(1)
+
+        dw, dbias = zip(*parallel(work, pieces(images, height, channels * width)), strict=True)
+        return dx, sum(dw), sum(dbias)
+
+
+def channel_pieces(image):
+    """Index tuples (image, channels, rows) that cut (N, C, H, W) into some NUMBERS numbers each."""
+    images, channels, height, width = image.shape
+    return [
+        (n, slice(*some_channels), slice(*some_rows))
+        for n in range(images)
+        for some_channels in spans(channels, NUMBERS // (height * width))
+        for some_rows in spans(height, NUMBERS // width)
+    ]
 
 
 class MaxPooling(Kernel):
@@ -625,7 +816,7 @@ class MaxPooling(Kernel):
             maxima = np.maximum(upper, lower)
             np.maximum(maxima[:, :, ::2], maxima[:, :, 1::2], out=self.y[piece])
 
-        parallel(work, pieces(self.y))
+        parallel(work, channel_pieces(self.y))
         return self.y
 
     def rows(self, x, piece):
@@ -634,7 +825,7 @@ class MaxPooling(Kernel):
         part = x[n, channels, 2 * rows.start : 2 * rows.stop, : 2 * self.y.shape[3]]
         return part[:, ::2], part[:, 1::2]
 
-    def backward(self, dy, needed):
+    def backward(self, dy):
         dx = np.zeros_like(self.x)  # odd sides have a row or column that belongs to no maximum
 
         def work(*piece):
@@ -645,20 +836,21 @@ class MaxPooling(Kernel):
                     np.multiply(dy[piece], hit, out=target[:, :, j::2])
                     free ^= hit
 
-        parallel(work, pieces(self.y))
+        parallel(work, channel_pieces(self.y))
         return (dx,)
 
 
 # ---------------------------------------------------------------------- what OneFlow gets to see
 
 
-def run(kernel, *tensors):
-    """kernel.forward of the tensors, with kernel.backward for autograd where it is needed."""
+def run(kind, module, inputs, *tensors):
+    """A kernel's forward of the tensors, with its backward for autograd where that is needed."""
     needed = [tensor.requires_grad for tensor in tensors]
+    kernel = kind(module, inputs, needed)
     shapes = [tensor.shape for tensor in tensors]
 
     def forward(ctx, *tensors):
-        with np.errstate(all="ignore"):
+        with computing():
             return flow.from_numpy(kernel.forward(*(tensor.numpy() for tensor in tensors)))
 
     def backward(ctx, dy):
@@ -667,8 +859,8 @@ def run(kernel, *tensors):
                 "an accelerated module can be differentiated once: no second backward pass, no "
                 "gradients of gradients; leave out accelerate() for that (--cpu_kernels off)"
             )
-        with np.errstate(all="ignore"):
-            gradients = kernel.backward(dy.numpy(), needed)
+        with computing():
+            gradients = kernel.backward(dy.numpy())
         vars(kernel).clear()  # OneFlow itself keeps everything until the whole pass is done
         return tuple(
             flow.from_numpy(np.ascontiguousarray(gradient, np.float32).reshape(shape))
@@ -692,7 +884,7 @@ class Fast:
         odd = any(t.is_lazy or t.is_global or t.is_cuda or t.dtype != flow.float32 for t in tensors)
         if odd or not self.fits(*(tuple(x.shape) for x in inputs)):
             return self.stock.forward(self, *inputs)
-        return run(self.kernel(self, len(inputs)), *tensors)
+        return run(self.kernel, self, len(inputs), *tensors)
 
     def fits(self, shape, *others):
         """Whether all is as accelerate() found it; OneFlow also reports what nobody can compute."""

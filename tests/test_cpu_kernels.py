@@ -86,19 +86,24 @@ def test_unet_equals_float64(batch, height, width, base, training, bilinear):
         (1, 96, 40, 64, 260, 2),  # two inputs, blocks that are parts of rows
         (2, 300, 20, 24, 20, 3),
         (1, 20, 300, 24, 20, 1),
-        (4, 1024, 8, 4, 4, 2),  # fewer than SMALL pixels: m = 1
+        (4, 1024, 8, 4, 4, 2),  # fewer than SMALL pixels
         (3, 8, 1024, 9, 11, 1),  # several images in a block
         (1, 3, 5, 1, 2, 1),
         (1, 12, 12, 7, 1500, 1),  # rows wider than a block
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("many", [0.01, cpu_kernels.MANY, 10**9])
+@pytest.mark.parametrize(
+    "many, narrow", [(4, 32), (0.01, 0), (0.01, 1024), (10**9, 0), (10**9, 1024)]
+)
 def test_double_conv_equals_float64(
-    batch, inside, outside, height, width, inputs, training, many, monkeypatch
+    batch, inside, outside, height, width, inputs, training, many, narrow, monkeypatch
 ):
-    """1 to 1024 channels, images of all shapes, several inputs: each way that work is cut."""
+    """1 to 1024 channels, images of all shapes, several inputs: each way that work is done."""
     monkeypatch.setattr(cpu_kernels, "MANY", many)  # jobs of blocks, or of weights
+    monkeypatch.setattr(cpu_kernels, "NARROW", narrow)  # Tiles, or Rows
+    if narrow == 0:
+        monkeypatch.setattr(cpu_kernels, "SMALL", 0)
     flow.manual_seed(0)
     net = with_statistics(DoubleConv(inside, outside))
     image = normal(batch, inside, height, width)
@@ -136,8 +141,8 @@ def test_exact_to_the_borders(threads, height, width):
 def test_large_means_dont_drown_small_variances():
     """Batch statistics stay right where a channel's mean is 1000 times its deviation."""
     x = 1000 + normal(2, 5, 90, 70)
-    mean, variance = cpu_kernels.statistics(x)
-    np.testing.assert_allclose(mean, x.astype(float).mean((0, 2, 3)), rtol=1e-7)
+    mean, variance = cpu_kernels.statistics(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(mean, x.astype(float).mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(variance, x.astype(float).var((0, 2, 3)), rtol=1e-4)
 
 
@@ -174,6 +179,13 @@ def test_accumulated_frozen_and_no_gradients():
         without = net(flow.tensor(first))
     assert with_gradient.requires_grad and not without.requires_grad
     np.testing.assert_array_equal(with_gradient.detach().numpy(), without.numpy())
+
+
+def test_threads_may_use_all_cores_again():
+    """Only while a kernel computes does its thread keep to one core."""
+    cores = os.sched_getaffinity(0)
+    gradients(accelerate(UNet(1, 1, base_channels=2)), normal(1, 1, 32, 32))
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_repeats_bit_for_bit():
