@@ -3,9 +3,9 @@
     net = accelerate(UNet(1, 1, bilinear=False))    # the same net, as fast as a CPU allows
     python3 TrainUnetDataSet.py --cpu_kernels off   # the scripts call it unless told not to
 
-OneFlow 0.9 convolves slowly on a CPU. Here NumPy does it, with the minimal filtering algorithm of
-Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016), arXiv:1509.09308, called
-F(m x m, 3 x 3) there and Winograd's elsewhere.
+OneFlow 0.9 convolves slowly on a CPU. Here NumPy does it (and OpenCV transposes), with the minimal
+filtering algorithm of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016),
+arXiv:1509.09308, called F(m x m, 3 x 3) there and Winograd's elsewhere.
 
 **The mathematics.** Cut the output of a 3x3 correlation into tiles Y of m x m pixels, m = 4. Each
 depends on a tile d of n x n input pixels, n = 6, that overlaps its neighbours by 2. With V(k) the
@@ -26,10 +26,11 @@ The points 0, 1, -1, 1/2, -2 keep rounding errors small (Barabasz et al. 2020, a
 
 **Speed.** The transforms are matrix products too. All is cut into jobs that fit a core's cache,
 worked off by a Python thread a core (NumPy lets other threads run while it computes), each with one
-BLAS thread. OMP_NUM_THREADS sets their number; when they are as many as the cores, each stays on
-its own. Every call of NumPy that ends while another thread is in Python costs some 20 microseconds,
-so calls are few and long. Sums don't depend on which thread was faster: with the same number of
-threads a run repeats bit for bit.
+BLAS thread. OMP_NUM_THREADS sets their number. When they are as many as the cores, each stays on
+its own; so give processes that share a machine fewer, as oneflow.distributed.launch does. A call of
+NumPy that ends while another thread is in Python waits some 20 microseconds, so calls are few and
+long. Sums don't depend on which thread was faster: with the same number of threads a run repeats
+bit for bit.
 
 **Memory.** A DoubleConv keeps its inputs and the outputs of its two convolutions, and computes the
 rest again in its backward pass. OneFlow reads arrays when it pleases, so one that it was given is
@@ -93,7 +94,8 @@ def computing():
     """While a kernel computes, its thread stays on the first core and NumPy does not warn."""
     cores = os.sched_getaffinity(0)
     try:
-        stay(0)
+        if cores == set(CORES):
+            stay(0)
         with np.errstate(all="ignore"):  # infinity and NaN go on without a word, as in OneFlow
             yield
     finally:
@@ -136,15 +138,22 @@ def parallel(work, jobs):
 
 
 own = threading.local()
+HUGE = 2**19  # numbers in a huge page
 
 
 def scratch(name, *shape):
-    """An uninitialised float32 array of this thread; the next call with the name reuses it."""
+    """An uninitialised float32 array of this thread; the next call with the name reuses it.
+
+    It lies in huge pages, which NumPy asks for from 4 MB on: whether small pages get in each
+    other's way in a cache is luck. Not all begin at the same place of a page, for the same reason.
+    """
     size = prod(shape)
     arrays = vars(own)
     if name not in arrays or arrays[name].size < size:
-        longer = np.empty(size + 16, np.float32)
-        arrays[name] = longer[-(longer.ctypes.data // 4) % 16 :]  # from a cache line's start
+        arrays.pop(name, None)  # its memory may serve
+        stagger = len(arrays) % 32 * 1040
+        longer = np.empty(max(size, HUGE) + HUGE + stagger, np.float32)
+        arrays[name] = longer[-(longer.ctypes.data // 4) % HUGE + stagger :]
     return arrays[name][:size].reshape(shape)
 
 
@@ -218,20 +227,22 @@ def cut(block, tiles):
     A block is (first image, images, first row, rows, first column, columns), counted in tiles.
     """
     image, images, y, rows, x, columns = block
+    tiles = max(1, tiles)
     if images * rows * columns <= tiles:
         return [block]
     width = ceil(columns / ceil(columns / tiles))
+    height = ceil(rows / ceil(rows / (tiles // width)))
     return [
         (n, 1, y + top, bottom - top, x + left, right - left)
         for n in range(image, image + images)
-        for top, bottom in spans(rows, tiles // width)
+        for top, bottom in spans(rows, height)
         for left, right in spans(columns, width)
     ]
 
 
 def shares(count, most):
-    """spans() of `most` or less, all about as long, multiples of 16."""
-    parts = ceil(count / max(16, most))
+    """spans() about equally long: multiples of 16, no longer than `most` if that is 16 or more."""
+    parts = ceil(count / max(16, most // 16 * 16))
     return spans(count, 16 * ceil(count / parts / 16))
 
 
@@ -345,10 +356,11 @@ class Tiles:
     def add(total, right, left):
         """total (36, C, K) += what (36, tiles, C) and (36, tiles, K) give"""
         tiles, count = left.shape[1:]
-        for a, b in shares(total.shape[1], PRODUCT // (tiles * count)):
-            product = scratch("product", 36, b - a, count)
-            np.matmul(right[:, :, a:b].swapaxes(1, 2), left, out=product)
-            total[:, a:b] += product
+        for a, b in shares(count, PRODUCT // (32 * tiles)):
+            for c, d in shares(total.shape[1], PRODUCT // (tiles * (b - a))):
+                product = scratch("product", 36, d - c, b - a)
+                np.matmul(right[:, :, c:d].swapaxes(1, 2), left[:, :, a:b], out=product)
+                total[:, c:d, a:b] += product
 
 
 class Plan:
@@ -357,15 +369,16 @@ class Plan:
     blocks: (block, start, end), where [start:end] is what belongs to it when all are analysed.
     """
 
-    def __init__(self, grid, channels, count):
+    def __init__(self, grid, channels, count, fewest=TILES):
         images, height, width = grid.shape
         narrow = min(channels, count) <= NARROW or images * height * width <= SMALL
         self.grid, self.way = grid, Rows if narrow else Tiles
         whole = (0, images, 0, grid.rows, 0, grid.columns)
-        blocks = cut(whole, max(TILES, self.way.columns // max(channels, count)))
+        blocks = cut(whole, max(fewest, self.way.columns // max(channels, count)))
         ends = np.cumsum([0, *(self.way.size(block) for block in blocks)]).tolist()
         self.blocks = list(zip(blocks, ends[:-1], ends[1:], strict=True))
         self.many = len(blocks) >= MANY * THREADS
+        self.largest = max(map(self.way.size, blocks))
 
     def analyse(self, padded, i, gradient=False):
         """Block i, analysed in scratch memory."""
@@ -407,46 +420,46 @@ def correlate(grid, padded, weights, turned=False):
     """
     images, height, width = grid.shape
     channels, count = padded.shape[2], weights.shape[1 if turned else 0]
-    plan = Plan(grid, channels, count)
+    plan = Plan(grid, channels, count, min(TILES, PRODUCT // (16 * channels)))
     output = np.empty((images, grid.rows, 4, grid.columns, 4, count), np.float32)
 
     def kernels(first, last):
         some = weights[:, first:last] if turned else weights[first:last]
-        return transform_weights(plan.way.weights, some, turned)
+        return first, transform_weights(plan.way.weights, some, turned)
 
-    def multiply(analysed, kernels, first, block):
+    def multiply(analysed, first, kernels, block):
         image, images, y, rows, x, columns = block
-        size = analysed.shape[1]
         target = output[image : image + images, y : y + rows, :, x : x + columns]
-        most = min(PRODUCT // (channels * size), COLUMNS * 36 // (plan.way.entries * size))
-        for a, b in shares(kernels.shape[2], most):
-            result = plan.way.multiply(analysed, kernels[:, :, a:b], block)
-            target[..., first + a : first + b] = result
+        target[..., first : first + kernels.shape[2]] = plan.way.multiply(analysed, kernels, block)
 
+    parts = shares(count, min(PRODUCT // (channels * plan.largest), COLUMNS // TILES))
     if plan.many:
-        all_kernels = np.concatenate(parallel(kernels, spans(count, 16)), axis=2)
+        all_kernels = parallel(kernels, parts)
 
         def work(i):
-            multiply(plan.analyse(padded, i), all_kernels, 0, plan.blocks[i][0])
+            analysed = plan.analyse(padded, i)
+            for first, some in all_kernels:
+                multiply(analysed, first, some, plan.blocks[i][0])
 
         parallel(work, [(i,) for i in range(len(plan.blocks))])
     else:  # few pixels, so many weights: a job is some of those
         analysed = plan.analyse_all(padded)
 
-        def work(first, last):
-            some = kernels(first, last)
+        def work(*part):
+            first, some = kernels(*part)
             for block, a, b in plan.blocks:
-                multiply(analysed[:, a:b], some, first, block)
+                multiply(analysed[:, a:b], first, some, block)
 
-        parallel(work, plan.shares(channels, count))
+        parallel(work, parts)
     output = output.reshape(images, 4 * grid.rows, 4 * grid.columns, count)
-    return np.ascontiguousarray(output[:, :height, :width])
+    return output[:, :height, :width]
 
 
 def weight_gradient(grid, image, gradient):
     """Padded batch and padded dY -> dw (K, C, 3, 3): the second line above."""
     channels, count = image.shape[2], gradient.shape[2]
-    plan = Plan(grid, channels, count)
+    # Adding to totals that no cache holds takes time.
+    plan = Plan(grid, channels, count, 2 * TILES if channels * count >= TOTAL else TILES)
     weights = plan.way.weights
     dw = np.empty((count, channels, 9), np.float32)
     if plan.many:
@@ -550,6 +563,7 @@ class Normalisation:
         # scale x + shift > 0 <=> x > -shift / scale, or for negative scales the opposite
         threshold = along(self.x, -self.shift / self.scale)
         negative = scale < 0
+        np.nextafter(threshold, -np.inf, out=threshold, where=negative, dtype=np.float32)
 
         def mask(*piece):
             x, masked = lines(self.x, piece), lines(dx, piece)
@@ -630,7 +644,10 @@ class DoubleConvolution(Kernel):
         self.grid = Grid(images, height, width)
         x = correlate(self.grid, self.padded_images(), w1)
         self.first = Normalisation(self.module.double_conv[1], bias1, x, gamma1, beta1)
-        x = correlate(self.grid, self.padded_middle(), w2)
+        middle = self.padded_middle()
+        if not any(self.needed):
+            self.first = x = None  # only a backward pass would ask for it
+        x = correlate(self.grid, middle, w2)
         self.second = Normalisation(self.module.double_conv[4], bias2, x, gamma2, beta2)
         y = np.empty((images, len(w2), height, width), np.float32)
         self.second.output(
@@ -732,7 +749,7 @@ class TransposedConvolution(Kernel):
         count = dy.shape[1]
         dy = dy.reshape(images, count, height, 2, 2 * width)
         last = np.empty((2, images, height, width, 2 * count), np.float32)
-        dx, dw = np.empty_like(self.x), np.zeros_like(self.weights)
+        dx, dw = np.empty(self.x.shape, np.float32), np.zeros_like(self.weights)
 
         def work(n, a, b):
             line = scratch("line", count, b - a, 2 * width)
@@ -781,7 +798,7 @@ class PointwiseConvolution(Kernel):
     def backward(self, dy):
         images, channels, height, width = self.x.shape
         flat = np.ascontiguousarray(self.weights[:, :, 0, 0].T)
-        dx = np.empty_like(self.x)
+        dx = np.empty(self.x.shape, np.float32)
 
         def work(*piece):
             part = planes(dy, piece)
@@ -798,8 +815,8 @@ def channel_pieces(image):
     return [
         (n, slice(*some_channels), slice(*some_rows))
         for n in range(images)
-        for some_channels in spans(channels, NUMBERS // (height * width))
-        for some_rows in spans(height, NUMBERS // width)
+        for some_channels in spans(channels, NUMBERS // max(1, height * width))
+        for some_rows in spans(height, NUMBERS // max(1, width))
     ]
 
 
@@ -845,7 +862,7 @@ class MaxPooling(Kernel):
 
 def run(kind, module, inputs, *tensors):
     """A kernel's forward of the tensors, with its backward for autograd where that is needed."""
-    needed = [tensor.requires_grad for tensor in tensors]
+    needed = [flow.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     kernel = kind(module, inputs, needed)
     shapes = [tensor.shape for tensor in tensors]
 
@@ -869,7 +886,7 @@ def run(kind, module, inputs, *tensors):
             for gradient, shape, wanted in zip(gradients, shapes, needed, strict=True)
         )
 
-    if not (flow.is_grad_enabled() and any(needed)):
+    if not any(needed):
         return forward(None, *tensors)
     # What a class derived from autograd.Function calls. A class for each call would be a cycle of
     # references, which holds its arrays until Python looks for cycles.

@@ -90,6 +90,8 @@ def test_unet_equals_float64(batch, height, width, base, training, bilinear):
         (3, 8, 1024, 9, 11, 1),  # several images in a block
         (1, 3, 5, 1, 2, 1),
         (1, 12, 12, 7, 1500, 1),  # rows wider than a block
+        (1, 40, 24, 7, 1500, 1),
+        (3, 40, 40, 50, 70, 1),  # several images, several blocks each
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
@@ -138,6 +140,23 @@ def test_exact_to_the_borders(threads, height, width):
     compare(net, normal(1, 3, height, width), compute, training=True, gradient=1e-4)
 
 
+@pytest.mark.parametrize("gamma, beta", [(-1, 0), (0, 0), (0, 1), (-0.0, 1), (-1, 1), (1, -1)])
+def test_relu_of_exactly_zero_is_closed(gamma, beta):
+    """Constant images, scales of zero and less: the same ReLUs are open as in float64."""
+    net = DoubleConv(2, 3).eval()
+    for norm in net.double_conv[1::3]:
+        nn.init.constant_(norm.weight, gamma)
+        nn.init.constant_(norm.bias, beta)
+    for convolution in net.double_conv[::3]:
+        nn.init.zeros_(convolution.bias)
+    compare(
+        net,
+        np.zeros((1, 2, 8, 8), np.float32),
+        lambda reference, x: reference.double_conv(x, "", False),
+        training=False,
+    )
+
+
 def test_large_means_dont_drown_small_variances():
     """Batch statistics stay right where a channel's mean is 1000 times its deviation."""
     x = 1000 + normal(2, 5, 90, 70)
@@ -181,10 +200,15 @@ def test_accumulated_frozen_and_no_gradients():
     np.testing.assert_array_equal(with_gradient.detach().numpy(), without.numpy())
 
 
-def test_threads_may_use_all_cores_again():
-    """Only while a kernel computes does its thread keep to one core."""
+def test_threads_may_use_all_cores_again(monkeypatch):
+    """Only while a kernel computes does its thread keep to one core, also when that fails."""
+    monkeypatch.setattr(cpu_kernels, "THREADS", len(cpu_kernels.CORES))
     cores = os.sched_getaffinity(0)
     gradients(accelerate(UNet(1, 1, base_channels=2)), normal(1, 1, 32, 32))
+    assert os.sched_getaffinity(0) == cores
+    with pytest.raises(ZeroDivisionError), cpu_kernels.computing():
+        assert len(os.sched_getaffinity(0)) == 1
+        1 / 0  # noqa: B018
     assert os.sched_getaffinity(0) == cores
 
 
