@@ -127,7 +127,7 @@ def threads(request, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
-@pytest.mark.parametrize("height, width", [(61, 300), (256, 256)])
+@pytest.mark.parametrize("height, width", [(61, 300), (256, 256), (7, 9000)])  # last: cut rows
 def test_exact_to_the_borders(threads, height, width):
     """With all ReLUs open nothing flips, so that one wrong pixel anywhere would show."""
     net = DoubleConv(3, 4)
@@ -155,6 +155,11 @@ def test_relu_of_exactly_zero_is_closed(gamma, beta):
         lambda reference, x: reference.double_conv(x, "", False),
         training=False,
     )
+
+
+def test_more_channels_than_a_block_has_room_for():
+    """From 4097 channels on a block is a tile, not a division by zero."""
+    assert len(cpu_kernels.cut((0, 1, 0, 2, 0, 3), 0)) == 6
 
 
 def test_large_means_dont_drown_small_variances():
