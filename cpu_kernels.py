@@ -47,11 +47,10 @@ OneFlow's own kernels as before. copy.deepcopy, state_dict and load_state_dict w
 import ctypes
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from itertools import count
 from math import ceil, prod
 from pathlib import Path
+from queue import SimpleQueue
 
 import unet
 
@@ -71,6 +70,7 @@ THREADS = max(1, int((os.environ.get("OMP_NUM_THREADS") or str(len(CORES))).spli
 # Sizes of jobs, best on cores with 1 MB of L2 cache; another CPU may like others.
 PRODUCT = 1_000_000  # rows x inner x columns up to which OpenBLAS multiplies without repacking
 NUMBERS = 262_144  # to work on elementwise at a time
+BUFFER = 1024  # of NumPy, which copies a row that meets all lines into it where lines are shorter
 COLUMNS = 4096  # tiles x channels to transform at a time
 TILES = 64  # fewest in a block
 KERNELS = 32_768  # C x K to transform at a time, where few pixels meet many weights
@@ -92,48 +92,76 @@ def stay(core):
 @contextmanager
 def computing():
     """While a kernel computes, its thread stays on the first core and NumPy does not warn."""
-    cores = os.sched_getaffinity(0)
+    cores, size = os.sched_getaffinity(0), np.getbufsize()
     try:
         if cores == set(CORES):
             stay(0)
         with np.errstate(all="ignore"):  # infinity and NaN go on without a word, as in OneFlow
+            np.setbufsize(BUFFER)
             yield
     finally:
+        np.setbufsize(size)
         with suppress(OSError):
             os.sched_setaffinity(0, cores)
 
 
-def start_pool():
-    global pool
-    cores = count(1)
-    pool = ThreadPoolExecutor(
-        max(1, THREADS - 1), "cpu_kernels", lambda: stay(next(cores) % THREADS)
-    )
+tasks = None  # a queue for the helpers, once there are some
 
 
-start_pool()
-os.register_at_fork(after_in_child=start_pool)  # threads don't survive a fork
+def start_helpers():
+    global tasks
+    tasks = SimpleQueue()
+    for core in range(1, THREADS):
+        threading.Thread(target=help_out, args=(tasks, core), daemon=True).start()
+
+
+def forget_helpers():
+    global tasks
+    tasks = None
+
+
+os.register_at_fork(after_in_child=forget_helpers)  # threads don't survive a fork
+
+
+def help_out(tasks, core):
+    stay(core)
+    np.seterr(all="ignore")
+    np.setbufsize(BUFFER)
+    while True:
+        take, done = tasks.get()
+        done.put(take())
+        del take, done  # and what they refer to, large arrays
 
 
 def parallel(work, jobs):
-    """[work(*job) for job in jobs], on all threads; none is at work any more when this returns."""
+    """[work(*job) for job in jobs], on all threads; none is at work any more when this returns.
+
+    concurrent.futures would do, but does so much in Python that a step takes 5 % longer.
+    """
     jobs = list(jobs)
     results = [None] * len(jobs)
     numbers = iter(range(len(jobs)))  # shared: each thread takes the next
+    done, errors = SimpleQueue(), []
 
     def take():
-        with np.errstate(all="ignore"):
+        try:
             for i in numbers:
                 results[i] = work(*jobs[i])
+        except Exception as error:
+            return error
 
-    helpers = [pool.submit(take) for _ in range(min(THREADS, len(jobs)) - 1)]
+    helpers = min(THREADS, len(jobs)) - 1
+    if helpers > 0 and tasks is None:
+        start_helpers()
+    for _ in range(helpers):
+        tasks.put((take, done))
     try:
-        take()
+        errors.append(take())
     finally:  # after an error too, since the caller's arrays may then be used for something else
         list(numbers)  # takes the jobs that are left away from the helpers
-        wait(helpers)
-    for helper in helpers:
-        helper.result()
+        errors += [done.get() for _ in range(helpers)]
+    for error in filter(None, errors):
+        raise error
     return results
 
 
@@ -283,19 +311,19 @@ class Rows:
             yield i, n, flat[:, i * channels : (i + 3 * n) * channels].reshape(6, n, -1)
 
     @staticmethod
-    def multiply(analysed, kernels, block):
+    def multiply(analysed, kernels, output):
         """(6, size, C), (18, C, K) -> output (images, rows, 4, columns, 4, K)"""
-        _, images, _, rows, _, columns = block
+        images, rows, _, columns, _, count = output.shape
         _, size, channels = analysed.shape
-        count = kernels.shape[2]
         kernels = kernels.reshape(6, 3 * channels, count)
         product = scratch("product", 6, size // 3, 3, count)
         for i, n, triples in Rows.triples(analysed):
             np.matmul(triples, kernels, out=product[:, :n, i])
-        product = product.reshape(6, images * rows, -1)[..., : 4 * columns * count]
-        result = scratch("result", images * rows, 4, 4 * columns * count)
-        np.matmul(A_T, product.transpose(1, 0, 2), out=result)
-        return result.reshape(images, rows, 4, columns, 4, count)
+        product = product.reshape(6, images, rows, -1)[..., : 4 * columns * count]
+        result = output.reshape(images, rows, 4, -1)  # a view, unless other weights are left out
+        np.matmul(A_T, product.transpose(1, 2, 0, 3), out=result)
+        if not np.may_share_memory(result, output):
+            output[...] = result.reshape(output.shape)
 
     @staticmethod
     def add(total, right, left):
@@ -340,9 +368,9 @@ class Tiles:
             done += Tiles.size(part)
 
     @staticmethod
-    def multiply(analysed, kernels, block):
+    def multiply(analysed, kernels, output):
         """(36, tiles, C), (36, C, K) -> output (images, rows, 4, columns, 4, K)"""
-        _, images, _, rows, _, columns = block
+        images, rows, _, columns = output.shape[:4]
         tiles, count = analysed.shape[1], kernels.shape[2]
         product = scratch("product", 36, tiles, count)
         np.matmul(analysed, kernels, out=product)
@@ -350,7 +378,8 @@ class Tiles:
         np.matmul(A_T, product.reshape(6, -1), out=half.reshape(4, -1))
         result = scratch("result", 4, 4, tiles * count)
         np.matmul(A_T, half, out=result)
-        return result.reshape(4, 4, images, rows, columns, count).transpose(2, 3, 0, 4, 1, 5)
+        result = result.reshape(4, 4, images, rows, columns, count)
+        output[...] = result.transpose(2, 3, 0, 4, 1, 5)
 
     @staticmethod
     def add(total, right, left):
@@ -429,8 +458,8 @@ def correlate(grid, padded, weights, turned=False):
 
     def multiply(analysed, first, kernels, block):
         image, images, y, rows, x, columns = block
-        target = output[image : image + images, y : y + rows, :, x : x + columns]
-        target[..., first : first + kernels.shape[2]] = plan.way.multiply(analysed, kernels, block)
+        part = output[image : image + images, y : y + rows, :, x : x + columns]
+        plan.way.multiply(analysed, kernels, part[..., first : first + kernels.shape[2]])
 
     parts = shares(count, min(PRODUCT // (channels * plan.largest), COLUMNS // TILES))
     if plan.many:
@@ -508,9 +537,14 @@ def lines(x, piece):
     return x[n, a:b].reshape(b - a, -1)
 
 
-def along(x, values):
-    """Values (C,) for each of the W C numbers of a line, float32."""
-    return np.tile(values.astype(np.float32), x.shape[2])
+def along(x, values, dtype=np.float32):
+    """Values (C,) for each of the W C numbers of a line."""
+    return np.tile(values.astype(dtype), x.shape[2])
+
+
+def sum_lines(lines):
+    """Their sum, (W C,); a product is faster than sum()."""
+    return np.ones(len(lines), np.float32) @ lines
 
 
 def add_up(x, sums):
@@ -544,8 +578,8 @@ class Normalisation:
         self.scale = gamma * self.inverse + 0.0  # no negative zero
         self.shift = beta - self.scale * self.mean
 
-    def output(self, write):
-        """Call write(piece, y of the piece) for all pieces; y is scratch memory."""
+    def output(self, place, done=lambda piece, y: None):
+        """Write all pieces of y to the lines place(piece), and call done(piece, those lines)."""
         scale, shift = along(self.x, self.scale), along(self.x, self.shift)
         zeros = np.zeros_like(shift)  # NumPy compares arrays faster than numbers
 
@@ -553,7 +587,7 @@ class Normalisation:
             x = lines(self.x, piece)
             value = np.multiply(x, scale, out=scratch("value", *x.shape))
             value += shift
-            write(piece, np.maximum(value, zeros, out=value))
+            done(piece, np.maximum(value, zeros, out=place(piece)))
 
         parallel(work, pieces_of(self.x))
 
@@ -568,7 +602,7 @@ class Normalisation:
         def mask(*piece):
             x, masked = lines(self.x, piece), lines(dx, piece)
             np.multiply(dy(piece), (x > threshold) ^ negative, out=masked)
-            return masked.sum(0), np.einsum("ij,ij->j", masked, x)
+            return sum_lines(masked), np.einsum("ij,ij->j", masked, x)
 
         sums = parallel(mask, pieces_of(self.x))
         dbeta, dgamma = (add_up(self.x, some) for some in zip(*sums, strict=True))
@@ -594,17 +628,24 @@ class Normalisation:
 
 
 def statistics(x):
-    """(mean, biased variance) of the channels of (N, H, W, C), float64."""
-    count = x.size // x.shape[3]
-    mean = add_up(x, parallel(lambda *piece: lines(x, piece).sum(0), pieces_of(x))) / count
-    means = along(x, mean)
+    """(mean, biased variance) of the channels of (N, H, W, C), float64.
 
-    def squares(*piece):
+    From those of the columns of pieces, while a cache holds them: the variance of all is the mean
+    of the parts' variances plus the variance of their means (Chan, Golub and LeVeque 1983).
+    """
+
+    def work(*piece):
         part = lines(x, piece)
-        centred = np.subtract(part, means, out=scratch("value", *part.shape))
-        return np.einsum("ij,ij->j", centred, centred)
+        mean = sum_lines(part) / len(part)
+        centred = np.subtract(part, mean, out=scratch("value", *part.shape))
+        return len(part), mean, np.einsum("ij,ij->j", centred, centred)
 
-    return mean, add_up(x, parallel(squares, pieces_of(x))) / count
+    counts, means, squares = map(np.array, zip(*parallel(work, pieces_of(x)), strict=True))
+    count = x.size // x.shape[3]
+    weights = counts[:, None] / count
+    mean = add_up(x, weights * means)
+    deviations = means - along(x, mean, np.float64)
+    return mean, add_up(x, squares) / count + add_up(x, weights * deviations**2)
 
 
 # ------------------------------------------------------- layers: arrays in, arrays out, and back
@@ -651,7 +692,8 @@ class DoubleConvolution(Kernel):
         self.second = Normalisation(self.module.double_conv[4], bias2, x, gamma2, beta2)
         y = np.empty((images, len(w2), height, width), np.float32)
         self.second.output(
-            lambda piece, part: cv2.transpose(part.reshape(-1, len(w2)), planes(y, piece))
+            lambda piece: scratch("y", piece[2] - piece[1], width * len(w2)),
+            lambda piece, part: cv2.transpose(part.reshape(-1, len(w2)), planes(y, piece)),
         )
         return y
 
@@ -674,7 +716,7 @@ class DoubleConvolution(Kernel):
         """What goes from the first half into the second."""
         padded = self.grid.padded("padded", self.first.x.shape[3])
         inside = self.grid.inside(padded)
-        self.first.output(lambda piece, part: np.copyto(lines(inside, piece), part))
+        self.first.output(lambda piece: lines(inside, piece))
         return padded
 
     def backward(self, dy):

@@ -120,10 +120,10 @@ def test_double_conv_equals_float64(
 def threads(request, monkeypatch):
     """So many threads, whatever the machine has."""
     monkeypatch.setattr(cpu_kernels, "THREADS", request.param)
-    cpu_kernels.start_pool()
+    cpu_kernels.forget_helpers()
     yield
     monkeypatch.undo()
-    cpu_kernels.start_pool()
+    cpu_kernels.forget_helpers()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
