@@ -70,7 +70,7 @@ THREADS = max(1, int((os.environ.get("OMP_NUM_THREADS") or str(len(CORES))).spli
 # Sizes of jobs, best on cores with 1 MB of L2 cache; another CPU may like others.
 PRODUCT = 1_000_000  # rows x inner x columns up to which OpenBLAS multiplies without repacking
 NUMBERS = 262_144  # to work on elementwise at a time
-BUFFER = 1024  # of NumPy, which copies a row that meets all lines into it where lines are shorter
+BUFFER = 1024  # of NumPy, in numbers: it copies a row that meets lines shorter than this to it
 COLUMNS = 4096  # tiles x channels to transform at a time
 TILES = 64  # fewest in a block
 KERNELS = 32_768  # C x K to transform at a time, where few pixels meet many weights
@@ -91,7 +91,7 @@ def stay(core):
 
 @contextmanager
 def computing():
-    """While a kernel computes, its thread stays on the first core and NumPy does not warn."""
+    """While a kernel computes, its thread stays on the first core and NumPy is set up for it."""
     cores, size = os.sched_getaffinity(0), np.getbufsize()
     try:
         if cores == set(CORES):
@@ -110,12 +110,14 @@ tasks = None  # a queue for the helpers, once there are some
 
 def start_helpers():
     global tasks
-    tasks = SimpleQueue()
+    queue = SimpleQueue()
     for core in range(1, THREADS):
-        threading.Thread(target=help_out, args=(tasks, core), daemon=True).start()
+        threading.Thread(target=help_out, args=(queue, core), daemon=True).start()
+    tasks = queue
 
 
 def forget_helpers():
+    """The next parallel() starts new ones."""
     global tasks
     tasks = None
 
@@ -123,12 +125,12 @@ def forget_helpers():
 os.register_at_fork(after_in_child=forget_helpers)  # threads don't survive a fork
 
 
-def help_out(tasks, core):
+def help_out(queue, core):
     stay(core)
     np.seterr(all="ignore")
     np.setbufsize(BUFFER)
     while True:
-        take, done = tasks.get()
+        take, done = queue.get()
         done.put(take())
         del take, done  # and what they refer to, large arrays
 
@@ -136,7 +138,8 @@ def help_out(tasks, core):
 def parallel(work, jobs):
     """[work(*job) for job in jobs], on all threads; none is at work any more when this returns.
 
-    concurrent.futures would do, but does so much in Python that a step takes 5 % longer.
+    work must not call it. concurrent.futures would do, but does so much in Python that a step of 16
+    channels takes 5 % longer.
     """
     jobs = list(jobs)
     results = [None] * len(jobs)
@@ -147,7 +150,7 @@ def parallel(work, jobs):
         try:
             for i in numbers:
                 results[i] = work(*jobs[i])
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C among others
             return error
 
     helpers = min(THREADS, len(jobs)) - 1
@@ -155,11 +158,9 @@ def parallel(work, jobs):
         start_helpers()
     for _ in range(helpers):
         tasks.put((take, done))
-    try:
-        errors.append(take())
-    finally:  # after an error too, since the caller's arrays may then be used for something else
-        list(numbers)  # takes the jobs that are left away from the helpers
-        errors += [done.get() for _ in range(helpers)]
+    errors.append(take())
+    list(numbers)  # after an error, takes the jobs that are left away from the helpers
+    errors += [done.get() for _ in range(helpers)]  # the caller may reuse its arrays then
     for error in filter(None, errors):
         raise error
     return results
@@ -320,7 +321,7 @@ class Rows:
         for i, n, triples in Rows.triples(analysed):
             np.matmul(triples, kernels, out=product[:, :n, i])
         product = product.reshape(6, images, rows, -1)[..., : 4 * columns * count]
-        result = output.reshape(images, rows, 4, -1)  # a view, unless other weights are left out
+        result = output.reshape(images, rows, 4, -1)  # a copy if it is for some of the weights only
         np.matmul(A_T, product.transpose(1, 2, 0, 3), out=result)
         if not np.may_share_memory(result, output):
             output[...] = result.reshape(output.shape)
@@ -424,10 +425,6 @@ class Plan:
         parallel(self.way.analyse, jobs)
         return out
 
-    def shares(self, channels, count):
-        """Of `count` weights for each channel, for jobs that each have all of few pixels."""
-        return shares(count, min(ceil(count / (2 * THREADS)), KERNELS // channels))
-
 
 def transform_weights(matrix, weights, turned):
     """(K, C, 3, 3) -> matrix times each w, (e, C, K); if turned by 180 degrees, (e, K, C)."""
@@ -513,7 +510,8 @@ def weight_gradient(grid, image, gradient):
                 plan.way.add(total, right[:, c:d], left[:, c:d, a:b])
             np.matmul(total.transpose(1, 2, 0), weights, out=dw[a:b].transpose(1, 0, 2))
 
-        parallel(work, plan.shares(channels, count))
+        most = min(ceil(count / (2 * THREADS)), KERNELS // channels)  # each job has all pixels
+        parallel(work, shares(count, most))
     return dw.reshape(count, channels, 3, 3)
 
 
@@ -537,19 +535,19 @@ def lines(x, piece):
     return x[n, a:b].reshape(b - a, -1)
 
 
-def along(x, values, dtype=np.float32):
-    """Values (C,) for each of the W C numbers of a line."""
-    return np.tile(values.astype(dtype), x.shape[2])
+def along(x, values):
+    """Values (C,) for each of the W C numbers of a line, float32."""
+    return np.tile(values.astype(np.float32), x.shape[2])
 
 
-def sum_lines(lines):
-    """Their sum, (W C,); a product is faster than sum()."""
-    return np.ones(len(lines), np.float32) @ lines
+def sum_lines(part):
+    """The sum of lines, (W C,); a product is faster than sum()."""
+    return np.ones(len(part), np.float32) @ part
 
 
-def add_up(x, sums):
-    """Pieces' sums over their lines, (W C,) each -> sums over all pixels, (C,), float64."""
-    return np.sum(sums, axis=0, dtype=np.float64).reshape(-1, x.shape[3]).sum(0)
+def of_channels(columns, x):
+    """Sums of columns of lines, (W C,) -> sums over all of their pixels, (C,)"""
+    return sum_lines(columns.reshape(-1, x.shape[3]))
 
 
 class Normalisation:
@@ -578,8 +576,8 @@ class Normalisation:
         self.scale = gamma * self.inverse + 0.0  # no negative zero
         self.shift = beta - self.scale * self.mean
 
-    def output(self, place, done=lambda piece, y: None):
-        """Write all pieces of y to the lines place(piece), and call done(piece, those lines)."""
+    def output(self, place, then=lambda piece, y: None):
+        """Write all pieces of y to the lines place(piece), and call then(piece, those lines)."""
         scale, shift = along(self.x, self.scale), along(self.x, self.shift)
         zeros = np.zeros_like(shift)  # NumPy compares arrays faster than numbers
 
@@ -587,7 +585,7 @@ class Normalisation:
             x = lines(self.x, piece)
             value = np.multiply(x, scale, out=scratch("value", *x.shape))
             value += shift
-            done(piece, np.maximum(value, zeros, out=place(piece)))
+            then(piece, np.maximum(value, zeros, out=place(piece)))
 
         parallel(work, pieces_of(self.x))
 
@@ -602,10 +600,10 @@ class Normalisation:
         def mask(*piece):
             x, masked = lines(self.x, piece), lines(dx, piece)
             np.multiply(dy(piece), (x > threshold) ^ negative, out=masked)
-            return sum_lines(masked), np.einsum("ij,ij->j", masked, x)
+            sums = sum_lines(masked), np.einsum("ij,ij->j", masked, x)
+            return [of_channels(columns, self.x) for columns in sums]
 
-        sums = parallel(mask, pieces_of(self.x))
-        dbeta, dgamma = (add_up(self.x, some) for some in zip(*sums, strict=True))
+        dbeta, dgamma = np.sum(parallel(mask, pieces_of(self.x)), axis=0, dtype=np.float64)
         dgamma = (dgamma - self.mean * dbeta) * self.inverse
         # dx = scale (dy - mean of dy - normalised x * mean of dy * normalised x)
         slope = -self.scale * self.inverse * dgamma / self.count
@@ -630,22 +628,22 @@ class Normalisation:
 def statistics(x):
     """(mean, biased variance) of the channels of (N, H, W, C), float64.
 
-    From those of the columns of pieces, while a cache holds them: the variance of all is the mean
-    of the parts' variances plus the variance of their means (Chan, Golub and LeVeque 1983).
+    From those of pieces, while a cache holds them: the variance of all is the mean of the pieces'
+    variances plus the variance of their means (Chan, Golub and LeVeque 1983).
     """
 
     def work(*piece):
         part = lines(x, piece)
-        mean = sum_lines(part) / len(part)
-        centred = np.subtract(part, mean, out=scratch("value", *part.shape))
-        return len(part), mean, np.einsum("ij,ij->j", centred, centred)
+        count = len(part) * x.shape[2]
+        mean = of_channels(sum_lines(part), x) / count
+        centred = np.subtract(part, along(x, mean), out=scratch("value", *part.shape))
+        return count, mean, of_channels(np.einsum("ij,ij->j", centred, centred), x)
 
-    counts, means, squares = map(np.array, zip(*parallel(work, pieces_of(x)), strict=True))
-    count = x.size // x.shape[3]
-    weights = counts[:, None] / count
-    mean = add_up(x, weights * means)
-    deviations = means - along(x, mean, np.float64)
-    return mean, add_up(x, squares) / count + add_up(x, weights * deviations**2)
+    parts = zip(*parallel(work, pieces_of(x)), strict=True)
+    counts, means, squares = (np.array(values, np.float64) for values in parts)
+    counts = counts[:, None]
+    mean = (counts * means).sum(0) / counts.sum()
+    return mean, (squares + counts * (means - mean) ** 2).sum(0) / counts.sum()
 
 
 # ------------------------------------------------------- layers: arrays in, arrays out, and back

@@ -307,6 +307,20 @@ def test_an_error_in_a_job_waits_for_the_others(threads):
     assert len(done) == count
 
 
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_threads_that_cannot_start_are_tried_again(threads, monkeypatch):
+    """A machine out of threads is an error, and no call waits for threads that never were."""
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as short:
+        short.setattr(cpu_kernels.threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            cpu_kernels.parallel(pow, [(2, 3), (2, 4)])
+    assert cpu_kernels.parallel(pow, [(2, 3), (2, 4)]) == [8, 16]
+
+
 def test_leaves_alone_what_it_does_not_know(monkeypatch):
     """Other modules and setups, other types, and machines that don't fit stay as they are."""
     unknown = [
