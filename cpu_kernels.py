@@ -144,7 +144,7 @@ def parallel(work, jobs):
     jobs = list(jobs)
     results = [None] * len(jobs)
     numbers = iter(range(len(jobs)))  # shared: each thread takes the next
-    done, errors = SimpleQueue(), []
+    done = SimpleQueue()
 
     def take():
         try:
@@ -158,7 +158,7 @@ def parallel(work, jobs):
         start_helpers()
     for _ in range(helpers):
         tasks.put((take, done))
-    errors.append(take())
+    errors = [take()]
     list(numbers)  # after an error, takes the jobs that are left away from the helpers
     errors += [done.get() for _ in range(helpers)]  # the caller may reuse its arrays then
     for error in filter(None, errors):

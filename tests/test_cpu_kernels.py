@@ -206,15 +206,15 @@ def test_accumulated_frozen_and_no_gradients():
 
 
 def test_threads_may_use_all_cores_again(monkeypatch):
-    """Only while a kernel computes does its thread keep to one core, also when that fails."""
+    """Only while a kernel computes is its thread set up for that, also when it fails."""
     monkeypatch.setattr(cpu_kernels, "THREADS", len(cpu_kernels.CORES))
-    cores = os.sched_getaffinity(0)
+    cores, size = os.sched_getaffinity(0), np.getbufsize()
     gradients(accelerate(UNet(1, 1, base_channels=2)), normal(1, 1, 32, 32))
     assert os.sched_getaffinity(0) == cores
     with pytest.raises(ZeroDivisionError), cpu_kernels.computing():
-        assert len(os.sched_getaffinity(0)) == 1
+        assert len(os.sched_getaffinity(0)) == 1 and np.getbufsize() != size
         1 / 0  # noqa: B018
-    assert os.sched_getaffinity(0) == cores
+    assert os.sched_getaffinity(0) == cores and np.getbufsize() == size
 
 
 def test_repeats_bit_for_bit():
