@@ -23,19 +23,20 @@ def Train_Unet(args):
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
-    criterion = nn.BCEWithLogitsLoss()  # on logits: the net has no sigmoid
+    criterion = nn.BCEWithLogitsLoss(reduction="none")  # on logits: the net has no sigmoid
     first_epoch, best = engine.resume(args, net, optimizer)
     engine.start_log(args, first_epoch)
 
     sampler = RandomSampler(train_set)
     workers = args.num_workers
     loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=workers)
+    schedule = engine.learning_rate_schedule(args, optimizer, len(loader), first_epoch)
 
     for epoch in range(first_epoch, args.epochs + 1):
         engine.seed_epoch(args.seed, epoch)
         train_set.epoch = epoch
-        trained = engine.train_one_epoch(net, loader, criterion, optimizer, device, epoch)
-        scores = engine.validate(net, val_set, criterion, device)
+        trained = engine.train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch)
+        scores = engine.validate(args, net, val_set, criterion, device, epoch)
         best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
 
 

@@ -1,7 +1,7 @@
 """Slices and labels from files: reading, pairing, normalising, augmenting.
 
     from dataloader import SelfDataSet
-    image, label = SelfDataSet("data/train_image", augment=("flip", "rotate"), crop=256)[0]
+    image, label = SelfDataSet("data/train_image", augment=("flip", "elastic"), crop=256)[0]
 
 A path names a folder of PNG or TIFF files or one (multi-page) TIFF stack; 8 or 16 bit, grey or
 colour. In a label white is the interior of a cell (1) and black is membrane (0).
@@ -10,6 +10,7 @@ colour. In a label white is the interior of a cell (1) and black is membrane (0)
 import os
 import re
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -38,7 +39,7 @@ with quiet_stderr():
 cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
 SUFFIXES = {".png", ".tif", ".tiff"}
-AUGMENTATIONS = ("flip", "rotate")
+AUGMENTATIONS = ("flip", "rotate", "elastic", "intensity")
 
 
 class InputError(ValueError):
@@ -110,21 +111,87 @@ def normalise(image):
     return (image - image.mean()) / max(float(image.std()), 1e-6)
 
 
-def augment(image, label, rng, kinds, crop):
-    """The same random crop, flips and turns for image and label, both (H, W); `rng` is NumPy's."""
-    if crop:
-        top = rng.integers(image.shape[0] - crop + 1)
-        left = rng.integers(image.shape[1] - crop + 1)
-        image, label = (a[top : top + crop, left : left + crop] for a in (image, label))
+def augment(maps, rng, kinds, crop=None):
+    """The same random crop, flips, turns and deformation for all maps; `rng` is NumPy's.
+
+    maps: [image, label, ...], each float32 (H, W); returns as many, of another shape where `crop`
+    (pixels a side) asks for it. kinds: any of AUGMENTATIONS. "intensity" changes the image only.
+    """
+    height, width = maps[0].shape
+    side_y, side_x = (crop, crop) if crop else (height, width)
+    top, left = rng.integers(height - side_y + 1), rng.integers(width - side_x + 1)
+    if "elastic" in kinds:
+        image, label, *others = deform(maps, rng, top, left, side_y, side_x)
+        maps = [image, (label > 0.5).astype(np.float32), *others]
+    else:
+        maps = [m[top : top + side_y, left : left + side_x] for m in maps]
     if "flip" in kinds:
         for axis in (0, 1):
             if rng.integers(2):
-                image, label = np.flip(image, axis), np.flip(label, axis)
+                maps = [np.flip(m, axis) for m in maps]
     if "rotate" in kinds:
         # A quarter turn would change the shape of an oblong image, and batches need one shape.
-        turns = rng.integers(4) if image.shape[0] == image.shape[1] else 2 * rng.integers(2)
-        image, label = np.rot90(image, turns), np.rot90(label, turns)
-    return image, label
+        turns = rng.integers(4) if side_y == side_x else 2 * rng.integers(2)
+        maps = [np.rot90(m, turns) for m in maps]
+    if "intensity" in kinds:
+        # A curve through the darkest and the lightest value, then contrast and brightness.
+        low, span = maps[0].min(), max(float(np.ptp(maps[0])), 1e-6)
+        curved = low + span * ((maps[0] - low) / span) ** np.float32(rng.lognormal(0, 0.2))
+        contrast, brightness = rng.uniform(0.8, 1.2), rng.uniform(-0.2, 0.2)
+        maps = [curved * np.float32(contrast) + np.float32(brightness), *maps[1:]]
+    return maps
+
+
+def deform(maps, rng, top, left, height, width):
+    """A window of the maps (H, W), float32, smoothly deformed, as in the U-Net paper, section 3.1.
+
+    A grid of 3 x 3 random shifts, with a standard deviation of 10 pixels, spans the whole maps;
+    bicubic interpolation gives each pixel its own. Maps under 250 pixels a side would fold: they
+    get smaller shifts. Beyond their edges the maps continue mirrored.
+    """
+    deviation = min(10, min(maps[0].shape) / 25)
+    # Interpolation is linear in the shifts: a row of `down` holds the grid's weights for a row.
+    grid = np.eye(3, dtype=np.float32)
+    down = cv2.resize(grid, (3, maps[0].shape[0]), interpolation=cv2.INTER_CUBIC)
+    across = cv2.resize(grid, (3, maps[0].shape[1]), interpolation=cv2.INTER_CUBIC)
+    down, across = down[top : top + height], across[left : left + width]
+    y, x = np.mgrid[top : top + height, left : left + width].astype(np.float32)
+    y += down @ rng.normal(0, deviation, (3, 3)).astype(np.float32) @ across.T
+    x += down @ rng.normal(0, deviation, (3, 3)).astype(np.float32) @ across.T
+    return [cv2.remap(m, x, y, cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT_101) for m in maps]
+
+
+def border_weights(label, w0):
+    """Loss weights that dwell on thin membranes, as in the U-Net paper, equation 2.
+
+    label: float32 (H, W), 1 inside cells. Returns float32 (H, W) with mean 1, proportional to
+    1 + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) on membrane and to 1 inside cells, where d1 and d2 are
+    the distances to the nearest and the second nearest cell (4-connected) and sigma is 5 pixels.
+    """
+    sigma = 5
+    far = 4 * sigma  # beyond it, the weight is 1 up to 3e-4 w0
+    count, cells, boxes, _ = cv2.connectedComponentsWithStats(
+        label.astype(np.uint8), connectivity=4, ltype=cv2.CV_32S
+    )
+    first = np.full(label.shape, far, np.float32)
+    second = first.copy()
+    for cell in range(1, count):
+        left, top, width, height, _ = boxes[cell]
+        window = np.s_[
+            max(top - far, 0) : top + height + far, max(left - far, 0) : left + width + far
+        ]
+        outside = (cells[window] != cell).astype(np.uint8)
+        distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        distance = np.sqrt(np.rint(distance**2))  # its last bits vary from run to run
+        second[window] = np.minimum(second[window], np.maximum(first[window], distance))
+        first[window] = np.minimum(first[window], distance)
+    weights = 1 + w0 * (1 - label) * np.exp(-((first + second) ** 2) / (2 * sigma**2))
+    return weights / weights.mean()
+
+
+@lru_cache(maxsize=64)  # slices, in each process that reads
+def read_weights(w0, file, page):
+    return border_weights(read_label(file, page), w0)
 
 
 class SelfDataSet(Dataset):
@@ -133,14 +200,18 @@ class SelfDataSet(Dataset):
     data_path: folder or stack of slices.
     label_path: folder or stack of labels with the same file names; by default the sibling of
         data_path whose last component has `label` for `image`.
-    augment: any of "flip" (both directions), "rotate" (right angles); none by default.
+    augment: any of "flip" (both directions), "rotate" (right angles), "elastic" (smooth
+        deformation), "intensity" (brightness, contrast and gamma); none by default.
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
-    seed: the augmentation of pair i is drawn from (seed, epoch, i), so it repeats whatever the
+    repeat: how often an epoch sees each slice, each time with an augmentation of its own.
+    border_weight: w0 of border_weights(); 0 for none.
+    seed: the augmentation of item i is drawn from (seed, epoch, i), so it repeats whatever the
         number of workers or processes; set the attribute `epoch` before each epoch.
     keep: which pairs of the sorted list to use, a Python slice.
 
     `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W): image normalised, label
-    0 (membrane) or 1 (interior). `names` and `shapes` hold each pair's name and (H, W).
+    0 (membrane) or 1 (interior); with border_weight (image, label, weight). `names` and `shapes`
+    hold each pair's name and (H, W).
 
     All pairs are checked here, once. Raises InputError that lists every missing label, unreadable
     file, label of another size and label without exactly two values, or when a slice is smaller
@@ -148,7 +219,16 @@ class SelfDataSet(Dataset):
     """
 
     def __init__(
-        self, data_path, label_path=None, *, augment=(), crop=None, seed=0, keep=slice(None)
+        self,
+        data_path,
+        label_path=None,
+        *,
+        augment=(),
+        crop=None,
+        repeat=1,
+        border_weight=0,
+        seed=0,
+        keep=slice(None),
     ):
         data_path = Path(data_path)
         slices = list_slices(data_path)
@@ -159,7 +239,8 @@ class SelfDataSet(Dataset):
                 )
             label_path = data_path.with_name("label".join(data_path.name.rsplit("image", 1)))
         label_path = Path(label_path)
-        self.augment, self.crop, self.seed, self.epoch = tuple(augment), crop, seed, 0
+        self.augment, self.crop, self.repeat = tuple(augment), crop, repeat
+        self.border_weight, self.seed, self.epoch = border_weight, seed, 0
         labels = list_slices(label_path)
         if data_path.is_dir():
             of_name = {(file.name, page): (file, page) for _, file, page in labels}
@@ -194,15 +275,19 @@ class SelfDataSet(Dataset):
             )
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.pairs) * self.repeat
 
     def __getitem__(self, index):
-        slice_file, label_file = self.pairs[index]
-        image, label = normalise(read_slice(*slice_file)), read_label(*label_file)
+        if index >= len(self):
+            raise IndexError(index)  # what ends `for pair in data_set`
+        slice_file, label_file = self.pairs[index % len(self.pairs)]
+        maps = [normalise(read_slice(*slice_file)), read_label(*label_file)]
+        if self.border_weight:
+            maps.append(read_weights(self.border_weight, *label_file))
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        image, label = augment(image, label, rng, self.augment, self.crop)
+        maps = augment(maps, rng, self.augment, self.crop)
         # Flips and turns are views with negative strides, which OneFlow refuses.
-        return np.ascontiguousarray(image[None]), np.ascontiguousarray(label[None])
+        return tuple(np.ascontiguousarray(m[None]) for m in maps)
 
 
 def read_label(file, page=0):

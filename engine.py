@@ -13,16 +13,18 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dataloader import AUGMENTATIONS, InputError, SelfDataSet
+from scores import THRESHOLDS, evaluate
 from unet import MIN_SIDE, UNet
 
 import numpy as np
 import oneflow as flow
 import safetensors
 import safetensors.numpy
+from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
 
 # Importing oneflow installs a C handler with which Ctrl-C ends in a segmentation fault.
@@ -35,7 +37,8 @@ WORLD_SIZE = flow.env.get_world_size()
 # What a resumed run takes over from its checkpoint, besides --bilinear, --augment and --val_count
 # (see as_flags). Paths have to be said again where they are not the default: a checkpoint may come
 # from a stranger, who should not choose which files are written.
-RESUMED = ("epochs", "batch_size", "lr", "base_channels", "crop", "seed", "cpu_kernels")
+RESUMED = ("epochs", "batch_size", "repeat", "lr", "schedule", "base_channels", "crop")
+RESUMED += ("border_weight", "val_every", "best_by", "seed", "cpu_kernels")
 PATHS = ("data_path", "label_path", "val_path", "checkpoint_dir", "log_file")
 
 # What an interrupt leaves behind: interrupt() says it.
@@ -134,22 +137,50 @@ def parse_args(doc, argv=None):
     held_out.add_argument(
         "--val_count", type=number(int, 0), default=0, help="hold out the last N training slices"
     )
+    add("--val_every", type=number(int, 1), default=5, help="validate each N epochs (5)")
+    add(
+        "--best_by",
+        choices=("loss", "v_rand"),
+        default="loss",
+        help="what best.safetensors is best in: validation (else training) loss, or validation "
+        "V_Rand (default: loss)",
+    )
     add("--epochs", type=number(int, 1), default=40, help="train up to this epoch (default: 40)")
-    add("--batch_size", type=number(int, 1), default=1, help="slices a step and device (1)")
+    add("--repeat", type=number(int, 1), default=4, help="times an epoch sees each slice (4)")
+    add("--batch_size", type=number(int, 1), default=4, help="crops a step and device (4)")
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="Adam's step size (0.001)")
+    add(
+        "--schedule",
+        choices=("cosine", "constant"),
+        default="cosine",
+        help="the step size falls to 0 along a cosine, or stays (default: cosine)",
+    )
     add(
         "--base_channels",
         type=number(int, 1),
         help="channels of the first level (default: 64 on a GPU, 16 on a CPU)",
     )
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
-    add("--crop", type=number(int, 2 * MIN_SIDE), help="train on random squares of N pixels")
+    add(
+        "--crop",
+        type=number(int, 0),
+        help="train on random squares of N pixels; 0: whole slices (default: 256, or the shortest "
+        "side of all slices)",
+    )
     add(
         "--augment",
         nargs="*",
         choices=AUGMENTATIONS,
         default=list(AUGMENTATIONS),
-        help="random flips and right-angle rotations; no value: none (default: both)",
+        help="flips, right-angle rotations, elastic deformation, brightness with contrast and "
+        "gamma; no value: none (default: all)",
+    )
+    add(
+        "--border_weight",
+        type=number(float, 0),
+        default=10.0,
+        metavar="W0",
+        help="how much more the loss counts membrane between two near cells; 0: alike (10)",
     )
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -169,6 +200,10 @@ def parse_args(doc, argv=None):
     add_cpu_kernels(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.crop and args.crop < 2 * MIN_SIDE:
+        raise InputError(f"--crop {args.crop} is neither 0 nor {2 * MIN_SIDE} or more")
+    if args.best_by == "v_rand" and not (args.val_path or args.val_count or args.resume):
+        raise InputError("--best_by v_rand needs validation slices, pass --val_count N")
     if args.resume:
         if Path(args.resume).is_dir():
             raise InputError(f"{args.resume}: a folder can't be resumed, only predicted with")
@@ -264,22 +299,31 @@ def data_sets(args):
         raise InputError(
             f"no {args.data_path} here: python3 data/prepare.py isbi (or sample) makes it"
         )
-    keep = slice(None, -args.val_count or None)
-    options = {"augment": args.augment, "crop": args.crop, "seed": args.seed, "keep": keep}
-    train_set = SelfDataSet(args.data_path, args.label_path, **options)
+    train_set = SelfDataSet(
+        args.data_path,
+        args.label_path,
+        augment=args.augment,
+        crop=args.crop,
+        repeat=args.repeat,
+        border_weight=args.border_weight,
+        seed=args.seed,
+        keep=slice(None, -args.val_count or None),
+    )
     val_set = None
     if args.val_path:
         val_set = SelfDataSet(args.val_path)
     elif args.val_count:
-        if not len(train_set):
+        if not train_set.pairs:
             raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
         held_out = slice(-args.val_count, None)
         val_set = SelfDataSet(args.data_path, args.label_path, keep=held_out)
 
     shapes = set(train_set.shapes)
+    if args.crop is None:
+        args.crop = train_set.crop = min(256, *map(min, shapes)) // 16 * 16
     if args.batch_size > 1 and not args.crop and len(shapes) > 1:
         raise InputError(
-            f"{args.data_path}: slices of {len(shapes)} sizes can't share a batch, "
+            f"{args.data_path}: whole slices of {len(shapes)} sizes can't share a batch, "
             "pass --batch_size 1 or --crop N"
         )
     for data_set in (train_set, val_set) if val_set else (train_set,):
@@ -293,7 +337,8 @@ def data_sets(args):
         source = Path(args.data_path).parent / "source.txt"  # of data/prepare.py
         if source.is_file() and "synthetic" in source.read_text(errors="replace"):
             print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
-        print(f"{len(train_set)} training slices, {len(val_set or ())} validation slices")
+        counts = (len(data_set.pairs) if data_set else 0 for data_set in (train_set, val_set))
+        print("{} training slices, {} validation slices".format(*counts))
     return train_set, val_set
 
 
@@ -305,9 +350,25 @@ def sum_over_ranks(*values):
     return [float(value) for value in total.numpy()]
 
 
-def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
+def learning_rate_schedule(args, optimizer, steps, first_epoch):
+    """The schedule of the step size, to be stepped after each step of the optimizer.
+
+    steps: of an epoch. A cosine ends at the last of args.epochs, so a run that is resumed with
+    more of them than it was started with jumps to the longer cosine.
+    """
+    if args.schedule == "cosine":
+        schedule = CosineAnnealingLR(optimizer, args.epochs * steps)
+    else:
+        schedule = ConstantLR(optimizer, factor=1, total_iters=0)
+    schedule.last_step = (first_epoch - 1) * steps - 1  # all its state: nothing to save
+    schedule.step()
+    return schedule
+
+
+def train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch):
     """One pass over the loader; returns (mean loss over all ranks' samples, samples, seconds).
 
+    The loader gives image and label, and a weight for each pixel where border weights are used.
     Raises FloatingPointError when the loss is not finite, before it reaches the weights.
     """
     began = time.monotonic()
@@ -316,8 +377,11 @@ def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
     # disable=None: no bar where stderr is a file
     hidden = True if RANK else None
     with tqdm(total=len(loader), desc=f"epoch {epoch}", leave=False, disable=hidden) as bar:
-        for image, label in loader:
+        for image, label, *weight in loader:
             loss = criterion(net(image.to(device)), label.to(device))
+            if weight:
+                loss = loss * weight[0].to(device)
+            loss = loss.mean()
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -326,6 +390,7 @@ def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
                 )
             loss.backward()
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             loss_sum += value * len(image)
             samples += len(image)
@@ -340,39 +405,49 @@ def train_one_epoch(net, loader, criterion, optimizer, device, epoch):
     return loss_sum / samples, int(samples), time.monotonic() - began
 
 
-def validate(net, val_set, criterion, device):
-    """{"val_loss", "val_misclassification"}, means over the slices; {} without a validation set.
+def validate(args, net, val_set, criterion, device, epoch):
+    """Scores of the validation slices; None in an epoch that leaves it out, {} without slices.
 
-    Misclassification is the share of pixels on the wrong side of P(interior) = 0.5. The ranks
-    share the slices out between them.
+    Means over the slices: "val_loss", without weights; "val_misclassification", the share of
+    pixels on the wrong side of P(interior) = 0.5; "val_v_rand" and "val_v_info" (see scores.py),
+    each at its best threshold. The ranks share the slices out between them.
     """
     if val_set is None:
         return {}
+    if epoch % args.val_every and epoch not in (1, args.epochs):
+        return None
     net.eval()
-    loss_sum = error_sum = 0.0
+    thresholds = THRESHOLDS[1:-1]
+    sums = np.zeros((len(thresholds), 4))  # loss and misclassification are the same in all rows
     with flow.no_grad():
         for index in range(RANK, len(val_set), WORLD_SIZE):
             image, label = (flow.tensor(a[None]).to(device) for a in val_set[index])
             logits = net.forward(image)  # net(image) would wait for ranks that have no slice left
-            loss_sum += criterion(logits, label).item()
-            error_sum += np.mean((logits.numpy() > 0) != (label.numpy() > 0.5))
-    loss_sum, error_sum = sum_over_ranks(loss_sum, error_sum)
-    return {
-        "val_loss": loss_sum / len(val_set),
-        "val_misclassification": error_sum / len(val_set),
-    }
+            interior = label.numpy()[0, 0] > 0.5
+            sums[:, 0] += criterion(logits, label).mean().item()
+            sums[:, 1] += np.mean((logits.numpy()[0, 0] > 0) != interior)
+            found = evaluate([flow.sigmoid(logits).numpy()[0, 0]], [interior], thresholds)
+            sums[:, 2] += found["v_rand"]
+            sums[:, 3] += found["v_info"]
+    sums = np.reshape(sum_over_ranks(*sums.ravel().tolist()), sums.shape)
+    names = ("val_loss", "val_misclassification", "val_v_rand", "val_v_info")
+    return dict(zip(names, sums.max(axis=0) / len(val_set), strict=True))
 
 
 # ------------------------------------------------------------------------- checkpoints and log
 
 
-def write_whole(path, data):
-    """Write bytes so that `path` holds either what it held or all of `data`, even after a crash."""
+@contextmanager
+def write_whole(path):
+    """A binary file to write to; `path` holds what it held until all is written, then all of it.
+
+    That is so even after a crash. If the block raises, `path` stays as it was.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.new")  # one name, so that killed runs leave one at most
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -408,7 +483,8 @@ def save_checkpoint(path, net, optimizer, args, epoch, best):
         "versions": {"oneflow": flow.__version__, "numpy": np.__version__},
     }
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
-    write_whole(path, safetensors.numpy.save(tensors, metadata))
+    with write_whole(path) as file:
+        file.write(safetensors.numpy.save(tensors, metadata))
 
 
 def load_checkpoint(path, trust_pickle=False):
@@ -507,8 +583,8 @@ def resume(args, net, optimizer):
     return epoch, best
 
 
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_misclassification", "lr", "seconds")
-COLUMNS += ("images_per_second",)
+COLUMNS = ("epoch", "train_loss", "val_loss", "val_misclassification", "val_v_rand", "val_v_info")
+COLUMNS += ("lr", "seconds", "images_per_second")
 
 
 def start_log(args, first_epoch):
@@ -532,8 +608,9 @@ def start_log(args, first_epoch):
         rows = [row for row in table.read_text().splitlines()[1:] if row.split(",")[0].isdigit()]
         rows = [row for row in rows if int(row.split(",")[0]) < first_epoch]
         lines = log.read_text().splitlines()[: len(rows)]
-    write_whole(log, "".join(line + "\n" for line in lines).encode())
-    write_whole(table, "".join(line + "\n" for line in (",".join(COLUMNS), *rows)).encode())
+    for path, text in ((log, lines), (table, [",".join(COLUMNS), *rows])):
+        with write_whole(path) as file:
+            file.writelines(f"{line}\n".encode() for line in text)
 
 
 def append(path, line):
@@ -548,20 +625,25 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
     """Log an epoch and write its checkpoints; returns the new best.
 
     trained: what train_one_epoch returned; scores: what validate returned; best: {"epoch",
-    "loss", "by"} of the epoch with the lowest validation (else training) loss, None before.
+    "loss", "by"} of the best epoch, None before the first; "loss" is what --best_by asks for,
+    1 - V_Rand for v_rand.
     Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
     """
     global kept
     train_loss, samples, seconds = trained
+    left_out, scores = scores is None, scores or {}
     values = (*scores.values(), *(tensor.numpy() for tensor in net.state_dict().values()))
     if not all(np.isfinite(value).all() for value in values):
         raise FloatingPointError(
             f"weights or validation are no longer finite after epoch {epoch}: try a smaller --lr; "
             "the checkpoint of the epoch before is kept"
         )
-    by = "val_loss" if scores else "train_loss"
-    loss = scores.get(by, train_loss)
-    improved = best is None or best["by"] != by or loss < best["loss"]
+    by, loss = "train_loss", train_loss
+    if scores and args.best_by == "v_rand":
+        by, loss = "val_v_rand", 1 - scores["val_v_rand"]
+    elif scores:
+        by, loss = "val_loss", scores["val_loss"]
+    improved = not left_out and (best is None or best["by"] != by or loss < best["loss"])
     if improved:
         best = {"epoch": epoch, "loss": loss, "by": by}
     if RANK:
@@ -572,7 +654,7 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
     row = {
         "epoch": epoch,
         "train_loss": f"{train_loss:.6f}",
-        "lr": args.lr,
+        "lr": f"{optimizer.param_groups[0]['lr']:.6g}",  # after the epoch
         "seconds": f"{seconds:.2f}",
         "images_per_second": f"{samples / seconds:.3f}",
         **{name: f"{value:.6f}" for name, value in scores.items()},

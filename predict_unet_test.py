@@ -5,20 +5,28 @@
     python3 predict_unet_test.py --Test_Data_path volume.tif --stack submission.tif
 
 For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.png (255 = interior,
-0 = membrane) and NAME_overlay.png (the membrane drawn over the slice).
+0 = membrane) and NAME_overlay.png (the membrane drawn over the slice); with --cells also
+NAME_cells.png (16 bit, a number for each cell, 0 on the lines between them) and NAME_colours.png
+(the cells coloured). The weights are those of your last training, else those in this repository.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import engine
 from cpu_kernels import accelerate
 from dataloader import InputError, list_slices, normalise, read_slice
+from scores import thin
 from unet import MIN_SIDE
 
 import cv2
 import numpy as np
 import oneflow as flow
+import tifffile
 from tqdm import tqdm
+
+OWN = Path("checkpoints/best.safetensors")
+BOXED = Path(__file__).resolve().parent / "checkpoints/isbi2012.safetensors"
 
 # An aligned block of 16 pixels (one pixel of the coarsest level) depends on input up to 94 pixels
 # around it. The margin is the next multiple of 16, so that the blocks of all tiles are aligned.
@@ -66,28 +74,52 @@ def predict_symmetries(net, image, device, tile):
     return total / 8
 
 
-def overlay(image, mask):
-    """Slice (H, W) of any depth and mask (H, W), bool -> uint8 (H, W, 3), membrane in orange."""
+def paint(image, colours, where):
+    """Slice (H, W) of any depth -> uint8 (H, W, 3), half covered by the colours at `where`.
+
+    colours: (3,) or (H, W, 3), blue, green, red, from 0 to 255. where: (H, W), bool.
+    """
     low, high = np.percentile(image, (0.5, 99.5))
     grey = np.clip((image.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1) * 255
     picture = np.repeat(grey[:, :, None], 3, axis=2)
-    orange = np.array((0, 140, 255), np.float32)  # blue, green, red
-    picture[~mask] = 0.5 * picture[~mask] + 0.5 * orange
+    colours = np.broadcast_to(np.float32(colours), picture.shape)
+    picture[where] = 0.5 * picture[where] + 0.5 * colours[where]
     return picture.astype(np.uint8)
 
 
+def colour_cells(cells):
+    """Cells (H, W), integers -> uint8 (H, W, 3): successive numbers get hues far apart."""
+    numbers = np.arange(cells.max() + 1)
+    hues = numbers * 0.618034 % 1 * 180  # steps of the golden ratio; OpenCV's hues end at 180
+    saturation, value = 150 + 35 * (numbers % 4), 255 - 40 * (numbers % 3)
+    palette = np.stack((hues, saturation, value), axis=-1).astype(np.uint8)
+    return cv2.cvtColor(palette[None], cv2.COLOR_HSV2BGR)[0][cells]
+
+
 def write_png(path, image):
-    engine.write_whole(path, cv2.imencode(".png", image)[1].tobytes())
+    with engine.write_whole(path) as file:
+        file.write(cv2.imencode(".png", image)[1])
+
+
+def write_slice(path, image, probability, threshold, with_cells):
+    """Write the pictures of one slice as PATH_prob.png and so on; image is the raw slice (H, W)."""
+    mask = probability > threshold
+    write_png(f"{path}_prob.png", np.rint(probability * 255).astype(np.uint8))
+    write_png(f"{path}_mask.png", mask.astype(np.uint8) * 255)
+    orange = (0, 140, 255)
+    write_png(f"{path}_overlay.png", paint(image, orange, ~mask))
+    if with_cells:
+        cells = thin(mask)
+        if cells.max() > np.iinfo(np.uint16).max:
+            raise InputError(f"{path}: more than 65535 cells, --cells needs smaller slices")
+        write_png(f"{path}_cells.png", cells.astype(np.uint16))
+        write_png(f"{path}_colours.png", paint(image, colour_cells(cells), mask))
 
 
 def parse_args():
     parser = engine.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        default="checkpoints/best.safetensors",
-        help="weights (default: %(default)s)",
-    )
+    add("--checkpoint", help=f"weights (default: {OWN}, else {BOXED.name}, of this repository)")
     add("--Test_Data_path", default="data/test_image", help="slices (default: %(default)s)")
     add("--save_res_path", default="predict_image", help="output folder (default: %(default)s)")
     add("--stack", metavar="FILE.tif", help="write P(interior) as a float32 TIFF stack as well")
@@ -96,6 +128,7 @@ def parse_args():
         type=engine.number(float, 0),
         help="interior is P > T (default: the checkpoint's, else 0.5)",
     )
+    add("--cells", action="store_true", help="number and colour the cells as well")
     add("--tta", action="store_true", help="average 8 flips and turns: better, 8 times slower")
     add(
         "--tile",
@@ -118,6 +151,9 @@ def parse_args():
 def main():
     args = parse_args()
     device = engine.pick_device(args.device)
+    if args.checkpoint is None:
+        args.checkpoint = OWN if OWN.exists() or not BOXED.exists() else BOXED
+        print(f"weights: {args.checkpoint}")
     net, metadata = engine.net_of_checkpoint(args.checkpoint, args.trust_pickle)
     if (net.n_channels, net.n_classes) != (1, 1):
         raise InputError(
@@ -139,25 +175,22 @@ def main():
         engine.check_output(args.stack)
     engine.make_folder(folder)
 
-    probabilities = []
     engine.kept = f"the slices finished so far are in {folder}"
     run = predict_symmetries if args.tta else predict_tiled
-    for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
-        image = read_slice(file, page)
-        probability = run(net, normalise(image), device, args.tile)
-        mask = probability > threshold
-        write_png(folder / f"{name}_prob.png", np.rint(probability * 255).astype(np.uint8))
-        write_png(folder / f"{name}_mask.png", mask.astype(np.uint8) * 255)
-        write_png(folder / f"{name}_overlay.png", overlay(image, mask))
+    with ExitStack() as open_files:
         if args.stack:
-            probabilities.append(probability)
+            file = open_files.enter_context(engine.write_whole(args.stack))
+            stack = open_files.enter_context(tifffile.TiffWriter(file))
+        for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
+            image = read_slice(file, page)
+            probability = run(net, normalise(image), device, args.tile)
+            write_slice(folder / name, image, probability, threshold, args.cells)
+            if args.stack:
+                stack.write(probability, photometric="minisblack", contiguous=False, metadata=None)
     if args.stack:
-        # Uncompressed, since few programs read compressed floats.
-        uncompressed = [cv2.IMWRITE_TIFF_COMPRESSION, cv2.IMWRITE_TIFF_COMPRESSION_NONE]
-        data = cv2.imencodemulti(".tif", probabilities, uncompressed)[1]
-        engine.write_whole(args.stack, data.tobytes())
         print(f"{args.stack}: {len(slices)} slices, float32, 0 = membrane, 1 = interior")
-    print(f"{len(slices)} slices: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png")
+    kinds = ("prob", "mask", "overlay") + ("cells", "colours") * args.cells
+    print(f"{len(slices)} slices: {folder}/NAME_" + ".png, NAME_".join(kinds) + ".png")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,7 @@ for i in "${!args[@]}"; do
 done
 
 if [ -z "$own_data" ] && [ ! -e data/train_image ]; then
-    code=0
-    python3 data/prepare.py isbi || code=$?
-    [ $code != 130 ] || exit 130 # Ctrl-C
-    if [ $code != 0 ]; then
-        echo
-        echo "***********************************************************************************"
-        echo "* ISBI 2012 can't be had from here: training on a SYNTHETIC SAMPLE instead.       *"
-        echo "* Scores on it mean NOTHING for real tissue. For real slices see README, 'Data'.  *"
-        echo "***********************************************************************************"
-        echo
-        python3 data/prepare.py sample
-    fi
+    python3 data/prepare.py auto
 fi
 
 python3 TrainUnetDataSet.py "$@"

@@ -3,8 +3,9 @@
     python3 data/prepare.py isbi                     # download ISBI 2012, check it, unpack it
     python3 data/prepare.py isbi --source FILE.zip   # the same from an archive or a folder of TIFFs
     python3 data/prepare.py sample                   # make a small synthetic stack, no network
+    python3 data/prepare.py auto                     # isbi, or sample where it can't be had
 
-Both write 8-bit PNG files next to this script, or into --out DIR:
+All write 8-bit PNG files next to this script, or into --out DIR:
 
     train_image/0.png ...   grey slices
     train_label/0.png ...   white 255 = cell interior, black 0 = membrane
@@ -43,6 +44,13 @@ ISBI 2012 is free for generating or testing non-commercial image segmentation so
 It may not be redistributed. Please cite:
   Cardona et al. 2010, PLoS Biology, doi 10.1371/journal.pbio.1000502
   Arganda-Carreras et al. 2015, Frontiers in Neuroanatomy, doi 10.3389/fnana.2015.00142"""
+
+FALLBACK = """
+***********************************************************************************
+* ISBI 2012 can't be had from here: this is a SYNTHETIC SAMPLE instead.           *
+* Scores on it mean NOTHING for real tissue. For real slices see README, 'Data'.  *
+***********************************************************************************
+"""
 
 STACKS = {
     "train-volume.tif": "train_image",
@@ -375,20 +383,34 @@ def parse(argv):
     isbi = commands.add_parser("isbi", help="download, check and unpack ISBI 2012")
     isbi.add_argument("--source", default=ISBI_URL, help="URL, zip file or folder of TIFF stacks")
     sample = commands.add_parser("sample", help="make a small synthetic data set")
-    for command in (isbi, sample):
+    auto = commands.add_parser("auto", help="isbi, or where it can't be had sample")
+    auto.set_defaults(source=ISBI_URL)
+    for command in (isbi, sample, auto):
         command.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     return parser.parse_args(argv)
 
 
+def say(error):
+    print(f"prepare.py: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def prepare(args):
     """Run one command. Raises PrepareError or OSError, the data folder then being as before."""
-    marker = ISBI if args.command == "isbi" else SAMPLE
+    marker = SAMPLE if args.command == "sample" else ISBI
     refuse_foreign(args.out, marker)  # before the download, not after it
     remove_stale(args.out)
     if marker == ISBI:
         print(TERMS, flush=True)
-        folders = load_isbi(args.source)
-    else:
+        try:
+            folders = load_isbi(args.source)
+        except PrepareError as error:
+            if args.command == "isbi":
+                raise
+            say(error)
+            print(FALLBACK, flush=True)
+            marker = SAMPLE
+            refuse_foreign(args.out, marker)
+    if marker == SAMPLE:
         folders = make_sample()
     write(args.out, marker, folders)
     for name, stack in folders.items():
@@ -405,7 +427,7 @@ def main(argv=None):
         args = parse(argv)
         prepare(args)
     except PrepareError as error:
-        print(f"prepare.py: {' '.join(str(error).split())}", file=sys.stderr)
+        say(error)
         return 2
     except OSError as error:  # all reading turns its errors into PrepareError, so this is writing
         hint = "make room or pass another --out DIR"

@@ -41,7 +41,7 @@ def script(name, *args, cwd, **options):
     return subprocess.run([sys.executable, ROOT / name, *map(str, args)], cwd=cwd, **options)
 
 
-SMALL = ("--device", "cpu", "--base_channels", "4")
+SMALL = ("--device", "cpu", "--base_channels", "4", "--repeat", "1", "--val_every", "1")
 
 
 def train(*args, cwd, **options):

@@ -1,7 +1,16 @@
 """Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
 
 from conftest import write_pairs
-from dataloader import InputError, SelfDataSet, augment, list_slices, normalise, read_slice
+from dataloader import (
+    AUGMENTATIONS,
+    InputError,
+    SelfDataSet,
+    augment,
+    border_weights,
+    list_slices,
+    normalise,
+    read_slice,
+)
 
 import cv2
 import numpy as np
@@ -77,32 +86,93 @@ def test_augmentation_is_joint_and_moves_pixels():
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(200):
-        a, b = augment(image, image + 100, rng, ("flip", "rotate"), None)
+        a, b = augment([image, image + 100], rng, ("flip", "rotate"))
         np.testing.assert_array_equal(a + 100, b)
         seen.add(a.tobytes())
     symmetries = [np.rot90(f, k).tobytes() for f in (image, image.T) for k in range(4)]
     assert seen == set(symmetries)
     for kinds, count in ((("flip",), 4), (("rotate",), 4), ((), 1)):
-        views = {augment(image, image, rng, kinds, None)[0].tobytes() for _ in range(100)}
+        views = {augment([image], rng, kinds)[0].tobytes() for _ in range(100)}
         assert len(views) == count
-    corners = {augment(image, image, rng, (), 4)[0][0, 0] for _ in range(200)}
+    corners = {augment([image], rng, (), 4)[0][0, 0] for _ in range(200)}
     assert corners == {0, 1, 2, 6, 7, 8, 12, 13, 14}
-    oblong, _ = augment(image[:4], image[:4], rng, ("rotate",), None)
+    (oblong,) = augment([image[:4]], rng, ("rotate",))
     assert oblong.shape == (4, 6)  # batches need one shape
+
+
+def test_elastic_deformation_is_joint_and_smooth():
+    """Image, label and weight bend alike, by some 10 pixels, without a fold; others stay."""
+    y, x = np.mgrid[:200, :300].astype(np.float32)
+    stripes = (np.sin(x / 8) + np.sin(y / 8) > 0).astype(np.float32)
+    shifts = []
+    for seed in range(20):
+        for crop in (None, 96):
+            rng = np.random.default_rng(seed)
+            image, label, weight = augment([x, stripes, stripes * 3 + 1], rng, ("elastic",), crop)
+            assert image.dtype == np.float32 and image.shape == ((96, 96) if crop else (200, 300))
+            assert set(np.unique(label)) == {0, 1}
+            # x where the pixel came from; the label there, but for its edges, is the label here
+            rng = np.random.default_rng(seed)
+            from_y = augment([y, stripes], rng, ("elastic",), crop)[0]
+            there = (np.sin(image / 8) + np.sin(from_y / 8) > 0).astype(np.float32)
+            assert np.mean(there != label) < 0.03
+            assert np.abs(weight - 3 * label - 1).mean() < 0.15
+        inner = np.s_[50:-50, 50:-50]  # the borders are mirrored
+        rng = np.random.default_rng(seed)
+        moved = augment([x, stripes], rng, ("elastic",))[0] - x
+        shifts.append(moved[inner].ravel())
+        assert np.abs(np.diff(moved[inner], axis=1)).max() < 0.9
+    assert 4 < np.std(shifts) < 12
+
+
+def test_intensity_changes_the_image_only():
+    """Brightness, contrast and gamma: the order of grey values stays, label and weight too."""
+    image = np.random.default_rng(0).normal(0, 1, (20, 20)).astype(np.float32)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        changed, label, weight = augment([image, image > 0, image], rng, ("intensity",))
+        assert changed.dtype == np.float32 and np.isfinite(changed).all()
+        assert 0.01 < np.abs(changed - image).mean() < 1.5
+        np.testing.assert_array_equal(np.argsort(changed.ravel()), np.argsort(image.ravel()))
+        assert label is not changed and np.array_equal(label, image > 0)
+        np.testing.assert_array_equal(weight, image)
+    flat = np.zeros((20, 20), np.float32)
+    assert np.isfinite(augment([flat], np.random.default_rng(0), ("intensity",))[0]).all()
+
+
+def test_border_weights_are_the_papers(slices):
+    """1 + w0 exp(-(d1 + d2)^2 / 50) on membrane, 1 in cells, over their mean; computed by hand."""
+    label = np.ones((40, 90), np.float32)
+    label[:, 30] = 0  # a membrane of a pixel: 1 from either cell
+    label[:, 50:60] = 0  # a thick one: d1 + d2 = 11
+    label[10:20, 70:80] = 0  # a hole: one cell around it, no border between two
+    weights = border_weights(label, 10)
+    assert weights.dtype == np.float32 and weights.mean() == pytest.approx(1, abs=1e-5)
+    weights = weights / weights[0, 0]
+    assert weights[label == 1] == pytest.approx(1)
+    assert weights[20, 30] == pytest.approx(1 + 10 * np.exp(-(2**2) / 50), rel=1e-4)
+    assert weights[20, 50:60] == pytest.approx(1 + 10 * np.exp(-(11**2) / 50), rel=1e-4)
+    assert weights[15, 75] < 1.2
+    data = SelfDataSet(slices, border_weight=10, crop=32, augment=AUGMENTATIONS, repeat=3)
+    assert len(data) == 18
+    image, label, weight = data[17]
+    assert image.shape == label.shape == weight.shape == (1, 32, 32)
+    assert weight.dtype == np.float32 and (weight > 0).all()
+    assert not np.array_equal(data[17][0], data[11][0])  # the same slice, cut anew
 
 
 def test_augmentation_repeats_by_seed_epoch_and_index(slices):
     """None by default; with it, an item depends on (seed, epoch, index) and on nothing else."""
     plain = SelfDataSet(slices)
     np.testing.assert_array_equal(plain[0][0][0], normalise(read_slice(slices / "0.png")))
-    data = SelfDataSet(slices, augment=("flip", "rotate"), crop=32)
+    data = SelfDataSet(slices, augment=AUGMENTATIONS, crop=32)
     first = data[1]
     data[0]
     np.testing.assert_array_equal(data[1][0], first[0])
     assert first[0].shape == first[1].shape == (1, 32, 32)
     data.epoch = 1
     assert not np.array_equal(data[1][0], first[0])
-    other = SelfDataSet(slices, augment=("flip", "rotate"), crop=32, seed=1)
+    other = SelfDataSet(slices, augment=AUGMENTATIONS, crop=32, seed=1)
     assert not np.array_equal(other[1][0], first[0])
 
 

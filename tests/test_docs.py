@@ -8,7 +8,7 @@ import subprocess
 from conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "predict_unet_test.py", "plot.py")
+SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "predict_unet_test.py", "evaluate.py", "plot.py")
 BENCHMARKS = ("benchmarks/cpu_step.py", "benchmarks/cpu_accuracy.py")
 
 

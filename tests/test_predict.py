@@ -60,6 +60,28 @@ def test_files_and_values(trained):
     assert np.mean(errors) < 0.1  # slices that it was not trained on, and of another size
 
 
+def test_cells(trained):
+    """--cells numbers 4-connected cells that lines of a pixel part, and colours them."""
+    given = ("--Test_Data_path", "new/train_image", "--save_res_path", "cells")
+    done = predict(*given, "--cells", cwd=trained)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for i in range(12):
+        kinds = ("mask", "cells", "colours")
+        mask, cells, colours = (
+            cv2.imread(str(trained / f"cells/{i}_{kind}.png"), -1) for kind in kinds
+        )
+        assert cells.dtype == np.uint16 and colours.shape == (50, 70, 3)
+        interior, count = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=4)[::-1]
+        assert cells.max() == count - 1  # each of the mask's cells, grown
+        for cell in range(1, count):
+            assert len(np.unique(cells[interior == cell])) == 1
+        for axis in (0, 1):
+            one, other = (np.delete(cells, end, axis) for end in (0, -1))
+            assert not ((one != other) & (one > 0) & (other > 0)).any()
+        grey = colours.max(2).astype(int) - colours.min(2) == 0
+        assert grey[mask == 0].all() and not grey[mask > 0].any()
+
+
 def test_tiles_dont_show():
     """Tiles give the whole slice's result to rounding, away from the slice's own edges."""
     net = UNet(1, 1, bilinear=False, base_channels=2).eval()
@@ -95,15 +117,20 @@ def test_bare_weights_and_old_checkpoints(trained):
     tensors, _, _ = engine.load_checkpoint(trained / "checkpoints/best.safetensors")
     # PyTorch's own metadata, which aren't JSON
     safetensors.numpy.save_file(tensors, trained / "bare.safetensors", {"format": "pt"})
+    half = {name: t.astype(np.float16) for name, t in tensors.items()}
+    safetensors.numpy.save_file(half, trained / "half.safetensors")
     flow.save({name: flow.tensor(t) for name, t in tensors.items()}, str(trained / "old"))
     outputs = []
-    for flags in ((), ("--checkpoint", "bare.safetensors"), ("--checkpoint", "old")):
+    for name in (None, "bare.safetensors", "old", "half.safetensors"):
+        flags = ("--checkpoint", name) if name else ()
         trust = ("--trust_pickle",) if "old" in flags else ()
         given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "c")
         done = predict(*given, *flags, *trust, cwd=trained)
         assert done.returncode == 0, done.stderr
         outputs.append((trained / "c/0_prob.png").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]
+    exact, half = (cv2.imdecode(np.frombuffer(outputs[i], np.uint8), -1) for i in (0, 3))
+    assert np.abs(exact.astype(int) - half).max() <= 4  # half precision, for files to send around
 
 
 def test_bad_input_is_one_line(trained):

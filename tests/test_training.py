@@ -43,7 +43,7 @@ def rows_of(path):
 
 def test_a_run_trains_logs_and_saves(slices, tmp_path):
     """Loss falls; the line, the log, the CSV and the checkpoints are as the README says."""
-    done = train("--epochs", 6, "--val_count", 2, "--lr", 0.003, cwd=tmp_path)
+    done = train("--epochs", 6, "--val_count", 2, "--lr", 0.003, "--batch_size", 1, cwd=tmp_path)
     assert done.stderr == ""
     assert done.stdout.startswith("4 training slices, 2 validation slices\ndevice: cpu\n")
     lines = re.findall(r"^epoch: (\d+) avg loss: (\d+\.\d{6}) time: \d+ s", done.stdout, re.M)
@@ -56,7 +56,9 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
     rows = rows_of(tmp_path / "Unet_train.csv")
     assert [float(row["train_loss"]) for row in rows] == losses
     assert all(0 < float(row["val_misclassification"]) < 1 for row in rows)
-    assert {row["lr"] for row in rows} == {"0.003"}
+    cosine = [0.0015 * (1 + np.cos(np.pi * epoch / 6)) for epoch in range(1, 7)]
+    np.testing.assert_allclose([float(row["lr"]) for row in rows], cosine, rtol=1e-4, atol=1e-12)
+    assert all(0 < float(row["val_v_rand"]) <= 1 for row in rows)
 
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["best.safetensors", "last.safetensors"]
@@ -104,19 +106,26 @@ def test_overfits_two_slices(tmp_path):
 
 
 def test_resume_is_exact(slices, tmp_path):
-    """A run stopped and resumed ends with the same bits, log and CSV as one that ran through."""
+    """A run killed and resumed ends with the same bits, log and CSV as one that ran through.
+
+    With everything on: augmentation, border weights, schedule, workers, best by V_Rand.
+    """
     flags = ("--crop", 32, "--val_count", 2, "--batch_size", 3, "--seed", 5, "--lr", 0.002)
-    flags += ("--data_path", slices)
+    flags += ("--data_path", slices, "--epochs", 6, "--val_every", 2, "--best_by", "v_rand")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    train(*flags, "--epochs", 4, "--num_workers", 2, cwd=whole)
-    train(*flags, "--epochs", 2, cwd=parts)
+    train(*flags, "--num_workers", 2, cwd=whole)
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, *map(str, flags)]
+    with subprocess.Popen(command, cwd=parts, stdout=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("epoch: 3"):
+            assert process.poll() is None
+        process.kill()
     # A line whose checkpoint was never written, as a crash would leave it, is cut off.
     for log in ("Unet_train.txt", "Unet_train.csv"):
         with (parts / log).open("a") as file:
-            file.write("3,9.9\n")
-    # Only paths and the number of epochs have to be said again.
-    again = ("--data_path", slices, "--resume", "checkpoints/last.safetensors", "--epochs", 4)
+            file.write("6,9.9\n")
+    # Only paths have to be said again.
+    again = ("--data_path", slices, "--resume", "checkpoints/last.safetensors")
     script("TrainUnetDataSet.py", "--device", "cpu", *again, cwd=parts)
     for name in ("last", "best"):
         name = f"checkpoints/{name}.safetensors"
@@ -237,6 +246,6 @@ def test_slices_of_different_sizes(tmp_path):
             path = tmp_path / f"more/train_{kind}/{i}.png"
             path.rename(tmp_path / f"data/train_{kind}/{i + 2}.png")
     train("--epochs", 1, cwd=tmp_path)
-    train("--epochs", 1, "--batch_size", 4, "--crop", 48, cwd=tmp_path)
-    done = script("TrainUnetDataSet.py", *SMALL, "--batch_size", 2, cwd=tmp_path)
+    train("--epochs", 1, "--batch_size", 1, "--crop", 0, cwd=tmp_path)
+    done = script("TrainUnetDataSet.py", *SMALL, "--batch_size", 2, "--crop", 0, cwd=tmp_path)
     assert done.returncode == 2 and one_line(done.stderr) and "--crop" in done.stderr

@@ -1,0 +1,132 @@
+"""The ISBI 2012 challenge's scores of a prediction, beside those of two floors.
+
+    python3 evaluate.py --prediction predict_image --label data/test_label
+    python3 evaluate.py --prediction submission.tif --label labels.tif --json scores.json
+
+A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its
+NAME_prob.png count), a folder of images, or a stack; integers from 0 to the type's largest value or
+floats from 0 to 1. The files of two folders are paired by name, the pages of a stack with the
+labels by order.
+
+V_Rand and V_Info say how well cells are told apart (see scores.py); pixel error is 1 - F1 of the
+interior, misclassification the share of wrong pixels. The floors are what a prediction scores that
+calls everything interior, and the blurred slices themselves. The slices are searched beside the
+labels, under the label folder's name with `image` for `label`.
+"""
+
+import json
+from pathlib import Path
+
+import engine
+from dataloader import InputError, list_slices, read_label, read_slice
+from scores import SCORES, THRESHOLDS, best, evaluate
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+BLUR = 2  # pixels, the standard deviation
+
+
+def pair(path, label_path, suffix=""):
+    """The files of a prediction, or of the slices, for each label -> [(file, page), ...].
+
+    Raises InputError where a name is on one side only, or two stacks differ in length.
+    """
+    slices, labels = list_slices(path), list_slices(label_path)
+    if any(name.endswith(suffix) for name, _, _ in slices):
+        slices = [s for s in slices if s[0].endswith(suffix)]
+        slices = [(name.removesuffix(suffix), file, page) for name, file, page in slices]
+    if Path(path).is_dir() and Path(label_path).is_dir():
+        found, wanted = {s[0] for s in slices}, {s[0] for s in labels}
+        if found != wanted:
+            name = min(found ^ wanted)
+            where, other = (path, label_path) if name in found else (label_path, path)
+            raise InputError(f"{where}: has {name}, but {other} does not")
+    elif len(slices) != len(labels):
+        raise InputError(f"{path}: {len(slices)} slices, but {label_path} has {len(labels)} labels")
+    return [(file, page) for _, file, page in slices]
+
+
+def read_probability(file, page):
+    """P(interior) of a slice, (H, W), float32. Raises InputError for floats outside [0, 1]."""
+    image = read_slice(file, page)
+    if np.issubdtype(image.dtype, np.integer):
+        return image.astype(np.float32) / np.iinfo(image.dtype).max
+    if image.min() < 0 or image.max() > 1:
+        raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities")
+    return image
+
+
+def read_blurred(file, page):
+    """The brightness of a slice, blurred, from 0 to 1: what a prediction has to be better than."""
+    image = cv2.GaussianBlur(read_slice(file, page).astype(np.float32), (0, 0), BLUR)
+    low, high = np.percentile(image, (0.5, 99.5))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def read_all(read, files, labels):
+    """`read` each of the files -> [(H, W), ...]. Raises InputError for one of another size."""
+    images = [read(*file) for file in files]
+    for (file, _), image, label in zip(files, images, labels, strict=True):
+        if image.shape != label.shape:
+            raise InputError(f"{file}: {image.shape}, but its label has {label.shape} pixels")
+    return images
+
+
+def parse_args():
+    parser = engine.Parser(__doc__)
+    add = parser.add_argument
+    add("--prediction", required=True, help="folder or stack of P(interior)")
+    add("--label", required=True, help="folder or stack of labels, white = interior")
+    add("--image", help="folder or stack of the slices, for the floor (default: beside the labels)")
+    add("--json", metavar="FILE", help="write all scores at all thresholds")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    labels = [read_label(file, page) > 0 for _, file, page in list_slices(args.label)]
+    files = pair(args.prediction, args.label, "_prob")
+    proposals = {
+        "prediction": read_all(read_probability, files, labels),
+        "all_interior": [np.ones(label.shape) for label in labels],
+    }
+    label_path = Path(args.label)
+    beside = label_path.with_name("image".join(label_path.name.rsplit("label", 1)))
+    image_path = args.image or (beside if beside != label_path and beside.exists() else None)
+    if image_path:
+        files = pair(image_path, args.label)
+        proposals["blurred_slices"] = read_all(read_blurred, files, labels)
+    if args.json:
+        engine.check_output(args.json)
+    engine.kept = "nothing was written"
+
+    results = {}
+    for name, proposal in proposals.items():
+        bar = tqdm(proposal, name.replace("_", " "), leave=False, disable=None)
+        results[name] = evaluate(bar, labels)
+    print(f"{f'{len(labels)} slices':20}    best    at  at 0.5", end="")
+    floors = [name for name in results if name != "prediction"]
+    print("".join(f"{name.replace('_', ' '):>16}" for name in floors))
+    middle = list(THRESHOLDS).index(0.5)
+    for score, (title, _) in SCORES.items():
+        value, threshold = best(results["prediction"], score)
+        line = f"{title:20}{value:8.4f}{threshold:6.1f}{results['prediction'][score][middle]:8.4f}"
+        print(line + "".join(f"{best(results[name], score)[0]:16.4f}" for name in floors))
+    if not image_path:
+        print("no floor of blurred slices: --image says where the slices are")
+    if args.json:
+        written = {
+            name: {score: values.tolist() for score, values in found.items()}
+            | {"best": {score: best(found, score)[0] for score in SCORES}}
+            | {"best_threshold": {score: best(found, score)[1] for score in SCORES}}
+            for name, found in results.items()
+        }
+        answer = {"thresholds": THRESHOLDS.tolist(), **written.pop("prediction"), "floors": written}
+        with engine.write_whole(args.json) as file:
+            file.write(json.dumps(answer, indent=1).encode())
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,161 @@
+"""The challenge's scores: python3 -m pytest tests/test_evaluate.py"""
+
+import json
+
+from conftest import ROOT, one_line, script
+from scores import SCORES, best, evaluate, partition_scores, thin
+
+import cv2
+import numpy as np
+import pytest
+
+ORACLE = ROOT / "tests/metrics_oracle"  # what the challenge's own software says of three slices
+EXPECTED = json.loads((ORACLE / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    arrays = np.load(ORACLE / "oracle.npz")
+    return (arrays["probability_u8"] + 0.5) / 256, arrays["labels"] > 0
+
+
+def test_scores_are_the_challenges(oracle):
+    """V_Rand and V_Info within 1e-3 from t = 0.1 to 0.8 and at the best t, pixels within 1e-9."""
+    found = evaluate(*oracle)
+    for name in ("v_rand", "v_info"):
+        np.testing.assert_allclose(found[name][1:9], EXPECTED[name][1:9], atol=1e-3)
+        assert best(found, name)[0] == pytest.approx(EXPECTED["best"][name], abs=1e-3)
+    for name in ("v_rand_split", "v_rand_merge"):
+        np.testing.assert_allclose(found[name][1:8], EXPECTED[name][1:8], atol=1e-3)
+    for name in ("pixel_misclassification", "pixel_f1_interior"):
+        np.testing.assert_allclose(found[name], EXPECTED[name], atol=1e-9)
+    assert best(found, "pixel_error")[0] == pytest.approx(EXPECTED["best"]["pixel_error"], abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_degenerate_proposals_have_their_value():
+    """All interior, all membrane and constant: no warning, no NaN, the value of one component."""
+    label = np.ones((20, 20), bool)
+    label[:, 10] = False  # cells of 200 and 180 pixels
+    cells = 200**2 + 180**2
+    merged = 2 * cells / (cells + 380**2)  # all in one component
+    for value in (0.0, 0.5, 1.0):
+        scores = evaluate([np.full(label.shape, value)], [label])
+        np.testing.assert_allclose(scores["v_rand"], merged)
+        assert all(np.isfinite(values).all() for values in scores.values())
+        np.testing.assert_allclose(scores["v_info"], 0, atol=1e-12)
+    nothing = evaluate([np.zeros((20, 20))], [np.zeros((20, 20), bool)])
+    assert nothing["v_rand"][5] == nothing["v_info"][5] == nothing["membrane_dice"][5] == 1
+    whole = evaluate([np.ones((20, 20))], [np.ones((20, 20), bool)])
+    assert whole["v_rand"][5] == whole["v_info"][5] == 1
+    perfect = evaluate([label.astype(float)], [label])
+    assert perfect["v_rand"][5] == perfect["v_info"][5] == 1 and perfect["pixel_error"][5] == 0
+
+
+def test_partition_scores_by_hand():
+    """Split, merged and line pixels count as in the definition: c, a, b and n0 worked out by hand.
+
+    The label has two cells of 4 pixels. Segment 1 covers the first and 1 pixel of the second, 2
+    covers 2 pixels of the second, 1 pixel of it lies on a line.
+    """
+    label = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1]], bool)
+    segments = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 2, 2]])
+    same = 4**2 + 1**2 + 2**2 + 1
+    in_cells, in_parts = 2 * 4**2, 5**2 + 2**2 + 1
+    v_rand, v_info, pairs = partition_scores(label, segments)
+    assert v_rand == pytest.approx(2 * same / (in_cells + in_parts))
+    assert pairs == (same, in_cells, in_parts)
+
+    def entropy(*sizes):
+        return -sum(n / 8 * np.log(n / 8) for n in sizes)
+
+    cells, parts, both = entropy(4, 4), entropy(5, 2, 1), entropy(4, 1, 2, 1)
+    assert v_info == pytest.approx(2 * (cells + parts - both) / (cells + parts))
+
+
+def test_thinning_parts_cells_by_lines_of_a_pixel():
+    """Thick membrane becomes lines that no 4-connected path crosses; cells are 4-connected."""
+    interior = np.ones((30, 40), bool)
+    interior[:, 15:22] = interior[12:17] = False
+    cells = thin(interior)
+    assert set(np.unique(cells)) == {0, 1, 2, 3, 4}
+    assert np.mean(cells == 0) < 0.08
+    for axis in (0, 1):
+        one, other = (np.delete(cells, end, axis) for end in (0, -1))
+        assert not ((one != other) & (one > 0) & (other > 0)).any()
+    assert len(np.unique(thin(np.eye(6, dtype=bool)))) == 7  # diagonal neighbours are apart
+
+
+def test_a_gap_costs_v_rand_and_hardly_a_pixel(oracle):
+    """The reason for V_Rand: joining two cells by one pixel is a merge."""
+    label = np.ones((40, 40), bool)
+    label[:, 20] = False
+    gap = label.copy()
+    gap[20, 20] = True
+    scores = evaluate([gap.astype(float)], [label])
+    assert best(scores, "v_rand")[0] < 0.7 and best(scores, "pixel_misclassification")[0] < 0.001
+
+
+def write_oracle(folder, oracle):
+    """The oracle's slices as predict_unet_test.py would write them, and their labels."""
+    for name in ("test_image", "test_label", "found"):
+        (folder / name).mkdir()
+    for i, (probability, label) in enumerate(zip(*oracle, strict=True)):
+        image = np.rint(probability * 255).astype(np.uint8)
+        cv2.imwrite(str(folder / f"found/{i}_prob.png"), image)
+        cv2.imwrite(str(folder / f"found/{i}_mask.png"), (image > 127) * 255)
+        cv2.imwrite(str(folder / f"test_label/{i}.png"), label * np.uint8(255))
+        cv2.imwrite(str(folder / f"test_image/{i}.png"), image)
+
+
+def test_the_script_prints_a_table_and_writes_json(oracle, tmp_path):
+    """Folder or stack: the same table, with the floors; --json holds each threshold's scores."""
+    write_oracle(tmp_path, oracle)
+    stack = tmp_path / "found.tif"
+    pages = [np.rint(p * 255).astype(np.float32) / 255 for p in oracle[0]]
+    cv2.imwritemulti(str(stack), pages)
+    answers = []
+    for prediction in ("found", stack):
+        flags = ("--prediction", prediction, "--label", "test_label", "--json", "a/scores.json")
+        done = script("evaluate.py", *flags, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        answers.append((done.stdout, json.loads((tmp_path / "a/scores.json").read_text())))
+    assert answers[0] == answers[1]
+    text, scores = answers[0]
+    for name, (title, _) in SCORES.items():
+        line = next(line for line in text.splitlines() if line.startswith(title))
+        assert f"{scores['best'][name]:.4f}" in line and f"{scores[name][5]:.4f}" in line
+        for floor in ("all_interior", "blurred_slices"):
+            assert f"{scores['floors'][floor]['best'][name]:.4f}" in line
+    assert scores["best"]["v_rand"] == pytest.approx(EXPECTED["best"]["v_rand"], abs=2e-3)
+    assert scores["floors"]["all_interior"]["best"]["v_rand"] < scores["best"]["v_rand"]
+    done = script("evaluate.py", "--prediction", stack, "--label", stack, cwd=tmp_path)
+    assert done.returncode == 2  # probabilities are no labels
+
+
+def test_bad_input_is_one_line(oracle, tmp_path):
+    """Other sizes, counts, names or values: exit 2, one line that names the file."""
+    write_oracle(tmp_path, oracle)
+    cv2.imwritemulti(str(tmp_path / "two.tif"), [p.astype(np.float32) for p in oracle[0][:2]])
+    cv2.imwritemulti(str(tmp_path / "logits.tif"), [9 * p.astype(np.float32) for p in oracle[0]])
+    for name in ("small", "renamed", "grey"):
+        (tmp_path / name).mkdir()
+    for i, probability in enumerate(oracle[0]):
+        image = np.rint(probability * 255).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / f"small/{i}.png"), image[1:] if i == 2 else image)
+        cv2.imwrite(str(tmp_path / f"renamed/{i + 1}.png"), image)
+        cv2.imwrite(str(tmp_path / f"grey/{i}.png"), image)
+    cases = {
+        ("nowhere", "test_label"): "nowhere",
+        ("two.tif", "test_label"): "two.tif",
+        ("logits.tif", "test_label"): "logits.tif",
+        ("small", "test_label"): "small/2.png",
+        ("renamed", "test_label"): "test_label",
+        ("found", "grey"): "grey/0.png",
+    }
+    for (prediction, label), said in cases.items():
+        flags = ("--prediction", prediction, "--label", label, "--json", "out/s.json")
+        done = script("evaluate.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and one_line(done.stderr), done.stderr
+        assert said in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
