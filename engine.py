@@ -410,7 +410,8 @@ def validate(args, net, val_set, criterion, device, epoch):
 
     Means over the slices: "val_loss", without weights; "val_misclassification", the share of
     pixels on the wrong side of P(interior) = 0.5; "val_v_rand" and "val_v_info" (see scores.py),
-    each at its best threshold. The ranks share the slices out between them.
+    each at its best threshold; "val_threshold", that of V_Rand. The ranks share the slices out
+    between them.
     """
     if val_set is None:
         return {}
@@ -431,7 +432,8 @@ def validate(args, net, val_set, criterion, device, epoch):
             sums[:, 3] += found["v_info"]
     sums = np.reshape(sum_over_ranks(*sums.ravel().tolist()), sums.shape)
     names = ("val_loss", "val_misclassification", "val_v_rand", "val_v_info")
-    return dict(zip(names, sums.max(axis=0) / len(val_set), strict=True))
+    means = dict(zip(names, (sums.max(axis=0) / len(val_set)).tolist(), strict=True))
+    return means | {"val_threshold": float(thresholds[sums[:, 2].argmax()])}
 
 
 # ------------------------------------------------------------------------- checkpoints and log
@@ -461,7 +463,7 @@ def write_whole(path):
 def save_checkpoint(path, net, optimizer, args, epoch, best):
     """Write net, optimizer and what rebuilds them to one safetensors file.
 
-    epoch is the next one to run, best the metadata of the best epoch so far.
+    epoch is the next one to run, best the metadata of the best epoch so far, None before one.
     """
     tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
     names = [name for name, _ in net.named_parameters()]
@@ -477,7 +479,7 @@ def save_checkpoint(path, net, optimizer, args, epoch, best):
             for name in ("n_channels", "n_classes", "bilinear", "base_channels")
         },
         "normalisation": "each slice to mean 0 and standard deviation 1",
-        "threshold": 0.5,
+        "threshold": (best or {}).get("threshold", 0.5),
         "optimizer_step": state["step"],
         "arguments": vars(args),
         "versions": {"oneflow": flow.__version__, "numpy": np.__version__},
@@ -584,7 +586,7 @@ def resume(args, net, optimizer):
 
 
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_misclassification", "val_v_rand", "val_v_info")
-COLUMNS += ("lr", "seconds", "images_per_second")
+COLUMNS += ("val_threshold", "lr", "seconds", "images_per_second")
 
 
 def start_log(args, first_epoch):
@@ -625,8 +627,8 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
     """Log an epoch and write its checkpoints; returns the new best.
 
     trained: what train_one_epoch returned; scores: what validate returned; best: {"epoch",
-    "loss", "by"} of the best epoch, None before the first; "loss" is what --best_by asks for,
-    1 - V_Rand for v_rand.
+    "loss", "by", "threshold"} of the best epoch, None before the first. "loss" is what --best_by
+    asks for, 1 - V_Rand for v_rand; "threshold" parts cells best there, 0.5 without validation.
     Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
     """
     global kept
@@ -645,7 +647,8 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
         by, loss = "val_loss", scores["val_loss"]
     improved = not left_out and (best is None or best["by"] != by or loss < best["loss"])
     if improved:
-        best = {"epoch": epoch, "loss": loss, "by": by}
+        threshold = scores.get("val_threshold", 0.5)
+        best = {"epoch": epoch, "loss": loss, "by": by, "threshold": threshold}
     if RANK:
         return best
 

@@ -63,12 +63,13 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["best.safetensors", "last.safetensors"]
     last = metadata_of(folder / "last.safetensors")
-    assert last["epoch"] == 7 and last["threshold"] == 0.5
+    assert last["epoch"] == 7 and last["threshold"] == last["best"]["threshold"]
     assert last["model"] == dict(n_channels=1, n_classes=1, bilinear=False, base_channels=4)
     val_losses = [float(row["val_loss"]) for row in rows]
     best = metadata_of(folder / "best.safetensors")
     assert best["best"]["by"] == "val_loss"
     assert best["best"]["epoch"] == best["epoch"] - 1 == 1 + np.argmin(val_losses)
+    assert best["threshold"] == float(rows[np.argmin(val_losses)]["val_threshold"])
     names = tensors_of(folder / "last.safetensors")
     assert "inc.double_conv.0.weight" in names
     assert "optimizer.exp_avg.inc.double_conv.0.weight" in names

@@ -1,0 +1,139 @@
+"""Train by a variant of the recipe and score it on held-out slices: a row of benchmarks/recipe.md.
+
+    source env.sh
+    python3 benchmarks/recipe.py --name recipe --epochs 30
+    python3 benchmarks/recipe.py --name "no elastic" --epochs 30 --augment flip rotate intensity
+    python3 benchmarks/recipe.py --name dropout --epochs 30 --dropout 0.5
+
+Takes the flags of TrainUnetDataSet.py, whose defaults are the recipe, and besides those below, for
+what was tried and not kept. The last five slices of --data_path are held out (--val_count), and
+scored after the last epoch, each score at its best threshold, with the 8 flips and turns averaged
+(--tta) and without. Nothing is written but the row.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import engine
+from cpu_kernels import accelerate
+from predict_unet_test import predict, predict_symmetries
+from scores import best, evaluate
+from unet import UNet
+
+import oneflow as flow
+from oneflow import nn, optim
+from oneflow.nn import functional as F
+from oneflow.utils.data import DataLoader, RandomSampler
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--name", default="recipe", help="what the row is called")
+    add("--optimizer", choices=("adam", "adamw", "sgd"), default="adam", help="sgd: momentum 0.99")
+    add("--weight_decay", type=float, default=0.01, help="of adamw")
+    add("--dropout", type=float, default=0, help="share of the two deepest levels")
+    add("--smoothing", type=float, default=0, help="labels E/2 and 1 - E/2 for 0 and 1")
+    add("--dice", type=float, default=0, help="how much the Dice loss of the membrane counts")
+    add("--balance", type=float, default=0, help="times that membrane counts in the loss")
+    add("--average", type=float, default=0, help="decay of a moving average of the weights")
+    own, rest = parser.parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        print(__doc__, parser.format_help(), sep="\n")
+        sys.exit()
+    if not any(word.split("=")[0] == "--val_count" for word in rest):
+        rest += ["--val_count", "5"]
+    return own, engine.parse_args(__doc__, rest)
+
+
+def loss_function(own):
+    """(logits, label) -> loss of each pixel, all (N, 1, H, W)."""
+    cross_entropy = nn.BCEWithLogitsLoss(reduction="none")
+
+    def loss(logits, label):
+        target = label * (1 - own.smoothing) + own.smoothing / 2
+        value = cross_entropy(logits, target)
+        if own.balance:
+            value = value * (1 + (own.balance - 1) * (1 - label))
+        if own.dice:
+            found, membrane = 1 - flow.sigmoid(logits), 1 - label
+            both = 2 * (found * membrane).sum() + 1
+            value = value + own.dice * (1 - both / (found.sum() + membrane.sum() + 1))
+        return value
+
+    return loss
+
+
+def add_dropout(net, share):
+    for level in (net.down3, net.down4):
+        forward = level.forward
+        # Not nn.Dropout, which draws the same masks in every layer.
+        level.forward = lambda x, forward=forward: F.dropout(forward(x), share, net.training)
+
+
+def average_weights(net, optimizer, decay):
+    """After each step of the optimizer, let an average follow the net's state; returns it."""
+    average = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    step = optimizer.step
+
+    def step_and_follow():
+        step()
+        for name, tensor in net.state_dict().items():
+            if tensor.dtype == flow.float32:
+                average[name] += (1 - decay) * (tensor.numpy() - average[name])
+
+    optimizer.step = step_and_follow
+    return average
+
+
+def main():
+    own, args = parse_args()
+    train_set, val_set = engine.data_sets(args)
+    device = engine.start(args)
+    net = accelerate(UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels))
+    if own.dropout:
+        add_dropout(net, own.dropout)
+    kinds = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
+    more = {"adam": {}, "adamw": {"weight_decay": own.weight_decay}, "sgd": {"momentum": 0.99}}
+    optimizer = kinds[own.optimizer](net.parameters(), lr=args.lr, **more[own.optimizer])
+    if own.average:
+        average = average_weights(net, optimizer, own.average)
+    loader = DataLoader(
+        train_set,
+        args.batch_size,
+        sampler=RandomSampler(train_set),
+        num_workers=args.num_workers,
+    )
+    schedule = engine.learning_rate_schedule(args, optimizer, len(loader), 1)
+
+    began, cpu = time.monotonic(), time.process_time()
+    for epoch in range(1, args.epochs + 1):
+        engine.seed_epoch(args.seed, epoch)
+        train_set.epoch = epoch
+        loss, *_ = engine.train_one_epoch(
+            net, loader, loss_function(own), optimizer, schedule, device, epoch
+        )
+        print(f"epoch {epoch}: {loss:.4f}", file=sys.stderr, flush=True)
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+
+    if own.average:
+        net.load_state_dict({name: flow.tensor(value) for name, value in average.items()})
+    net.eval()
+    cells = [own.name, args.seed, args.epochs * len(loader), f"{seconds:.0f}", f"{cpu:.0f}"]
+    labels = [label[0] > 0.5 for _, label in val_set]
+    for run in (predict, lambda *what: predict_symmetries(*what, tile=0)):
+        found = evaluate([run(net, image[0], device) for image, _ in val_set], labels)
+        for kind in ("v_rand", "v_info", "pixel_misclassification"):
+            value, threshold = best(found, kind)
+            cells.append(f"{value:.4f} ({threshold:.1f})")
+    scores = "V_Rand | V_Info | misclassification"
+    print(f"| variant | seed | steps | s | CPU s | {scores} | --tta: {scores} |")
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    engine.run(main)
