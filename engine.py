@@ -5,6 +5,7 @@ Plain functions. Those that print, write or count know that the process may be o
 """
 
 import argparse
+import csv
 import ctypes
 import json
 import math
@@ -109,14 +110,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind, minimum, above=False):
-    """An argparse type: a finite int or float from `minimum` (or above it) on."""
+def number(kind, minimum, above=False, maximum=math.inf):
+    """An argparse type: a finite int or float from `minimum` (or above it) to `maximum`."""
 
     def parse(text):
         value = kind(text)
         if not math.isfinite(value) or value < minimum or (above and value == minimum):
             bound = f"above {minimum}" if above else f"{minimum} or more"
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{text} is more than {maximum:g}")
         return value
 
     parse.__name__ = "number"  # argparse says "invalid number value" where kind(text) fails
@@ -164,8 +167,8 @@ def parse_args(doc, argv=None):
     add(
         "--crop",
         type=number(int, 0),
-        help="train on random squares of N pixels; 0: whole slices (default: 256, or the shortest "
-        "side of all slices)",
+        help="train on random squares of N pixels; 0: whole slices (default: 256, or what the "
+        "smallest slice has room for)",
     )
     add(
         "--augment",
@@ -177,7 +180,7 @@ def parse_args(doc, argv=None):
     )
     add(
         "--border_weight",
-        type=number(float, 0),
+        type=number(float, 0, maximum=1e6),
         default=10.0,
         metavar="W0",
         help="how much more the loss counts membrane between two near cells; 0: alike (10)",
@@ -200,10 +203,6 @@ def parse_args(doc, argv=None):
     add_cpu_kernels(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.crop and args.crop < 2 * MIN_SIDE:
-        raise InputError(f"--crop {args.crop} is neither 0 nor {2 * MIN_SIDE} or more")
-    if args.best_by == "v_rand" and not (args.val_path or args.val_count or args.resume):
-        raise InputError("--best_by v_rand needs validation slices, pass --val_count N")
     if args.resume:
         if Path(args.resume).is_dir():
             raise InputError(f"{args.resume}: a folder can't be resumed, only predicted with")
@@ -218,6 +217,10 @@ def parse_args(doc, argv=None):
                     f"{args.resume}: was made with --{name} {saved[name]}, pass --{name}"
                 )
         args = parser.parse_args(as_flags(saved, args) + argv)
+    if args.crop and args.crop < 2 * MIN_SIDE:
+        raise InputError(f"--crop {args.crop} is neither 0 nor {2 * MIN_SIDE} or more")
+    if args.best_by == "v_rand" and not (args.val_path or args.val_count):
+        raise InputError("--best_by v_rand needs validation slices, pass --val_count N")
     return args
 
 
@@ -232,6 +235,9 @@ def add_cpu_kernels(parser):
 
 def as_flags(saved, given):
     """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
+    if "repeat" not in saved:  # made before these flags, when they had no other values
+        saved = {"repeat": 1, "schedule": "constant", "border_weight": 0, "val_every": 1, **saved}
+        saved["crop"] = saved.get("crop") or 0
     names = RESUMED if given.val_path else (*RESUMED, "val_count")
     flags = ["--bilinear"] if saved.get("bilinear") is True else []
     for name in names:
@@ -318,14 +324,6 @@ def data_sets(args):
         held_out = slice(-args.val_count, None)
         val_set = SelfDataSet(args.data_path, args.label_path, keep=held_out)
 
-    shapes = set(train_set.shapes)
-    if args.crop is None:
-        args.crop = train_set.crop = min(256, *map(min, shapes)) // 16 * 16
-    if args.batch_size > 1 and not args.crop and len(shapes) > 1:
-        raise InputError(
-            f"{args.data_path}: whole slices of {len(shapes)} sizes can't share a batch, "
-            "pass --batch_size 1 or --crop N"
-        )
     for data_set in (train_set, val_set) if val_set else (train_set,):
         for name, shape in zip(data_set.names, data_set.shapes, strict=True):
             if min(shape) < MIN_SIDE:
@@ -333,6 +331,15 @@ def data_sets(args):
             if data_set is train_set and max(shape) < 2 * MIN_SIDE:
                 # One pixel is left at the deepest level: no variance for batch normalisation.
                 raise InputError(f"slice {name}: {shape} pixels are too few to train on")
+    shapes = set(train_set.shapes)
+    if args.crop is None:
+        side = min(256, *map(min, shapes)) // 16 * 16
+        args.crop = train_set.crop = side if side >= 2 * MIN_SIDE else 0
+    if args.batch_size > 1 and not args.crop and len(shapes) > 1:
+        raise InputError(
+            f"{args.data_path}: whole slices of {len(shapes)} sizes can't share a batch, "
+            "pass --batch_size 1 or --crop N"
+        )
     if RANK == 0:
         source = Path(args.data_path).parent / "source.txt"  # of data/prepare.py
         if source.is_file() and "synthetic" in source.read_text(errors="replace"):
@@ -419,21 +426,26 @@ def validate(args, net, val_set, criterion, device, epoch):
         return None
     net.eval()
     thresholds = THRESHOLDS[1:-1]
-    sums = np.zeros((len(thresholds), 4))  # loss and misclassification are the same in all rows
+    pixels, cells = np.zeros(2), np.zeros((2, len(thresholds)))
     with flow.no_grad():
         for index in range(RANK, len(val_set), WORLD_SIZE):
             image, label = (flow.tensor(a[None]).to(device) for a in val_set[index])
             logits = net.forward(image)  # net(image) would wait for ranks that have no slice left
-            interior = label.numpy()[0, 0] > 0.5
-            sums[:, 0] += criterion(logits, label).mean().item()
-            sums[:, 1] += np.mean((logits.numpy()[0, 0] > 0) != interior)
-            found = evaluate([flow.sigmoid(logits).numpy()[0, 0]], [interior], thresholds)
-            sums[:, 2] += found["v_rand"]
-            sums[:, 3] += found["v_info"]
-    sums = np.reshape(sum_over_ranks(*sums.ravel().tolist()), sums.shape)
-    names = ("val_loss", "val_misclassification", "val_v_rand", "val_v_info")
-    means = dict(zip(names, (sums.max(axis=0) / len(val_set)).tolist(), strict=True))
-    return means | {"val_threshold": float(thresholds[sums[:, 2].argmax()])}
+            probability, interior = flow.sigmoid(logits).numpy()[0, 0], label.numpy()[0, 0] > 0.5
+            wrong = np.mean((logits.numpy()[0, 0] > 0) != interior)
+            pixels += criterion(logits, label).mean().item(), wrong
+            found = evaluate([probability], [interior], thresholds)
+            cells += found["v_rand"], found["v_info"]
+    sums = np.array(sum_over_ranks(*pixels, *cells.ravel())) / len(val_set)
+    v_rand, v_info = sums[2:].reshape(cells.shape)
+    best = np.flatnonzero(v_rand == v_rand.max())
+    return {
+        "val_loss": float(sums[0]),
+        "val_misclassification": float(sums[1]),
+        "val_v_rand": float(v_rand.max()),
+        "val_v_info": float(v_info.max()),
+        "val_threshold": float(thresholds[best[len(best) // 2]]),  # the middle one of the best
+    }
 
 
 # ------------------------------------------------------------------------- checkpoints and log
@@ -607,8 +619,10 @@ def start_log(args, first_epoch):
         check_output(path)
     make_folder(Path(args.checkpoint_dir))
     if first_epoch > 1 and log.exists() and table.exists():
-        rows = [row for row in table.read_text().splitlines()[1:] if row.split(",")[0].isdigit()]
-        rows = [row for row in rows if int(row.split(",")[0]) < first_epoch]
+        with table.open() as file:  # an older table has other columns
+            rows = [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
+        rows = [row for row in rows if int(row["epoch"]) < first_epoch]
+        rows = [",".join(row.get(column) or "" for column in COLUMNS) for row in rows]
         lines = log.read_text().splitlines()[: len(rows)]
     for path, text in ((log, lines), (table, [",".join(COLUMNS), *rows])):
         with write_whole(path) as file:

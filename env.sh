@@ -90,7 +90,7 @@ unet_make() {
         unet_say "making .venv failed, see above (network? disk space?), then run this again"
         return 1
     fi
-    if ! error=$(.venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib' 2>&1); then
+    if ! error=$(.venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib, skimage.segmentation' 2>&1); then
         unet_say "the installed packages can't be imported: ${error##*$'\n'}"
         return 1
     fi

@@ -15,6 +15,7 @@ labels, under the label folder's name with `image` for `label`.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import engine
@@ -29,9 +30,10 @@ BLUR = 2  # pixels, the standard deviation
 
 
 def pair(path, label_path, suffix=""):
-    """The files of a prediction, or of the slices, for each label -> [(file, page), ...].
+    """The file of a prediction, or of the slices, for each label -> [(file, page), ...].
 
-    Raises InputError where a name is on one side only, or two stacks differ in length.
+    Names may end in `suffix`; those that don't are then left out. Raises InputError where a name is
+    on one side only, or two stacks differ in length.
     """
     slices, labels = list_slices(path), list_slices(label_path)
     if any(name.endswith(suffix) for name, _, _ in slices):
@@ -43,7 +45,9 @@ def pair(path, label_path, suffix=""):
             name = min(found ^ wanted)
             where, other = (path, label_path) if name in found else (label_path, path)
             raise InputError(f"{where}: has {name}, but {other} does not")
-    elif len(slices) != len(labels):
+        file_of = {name: (file, page) for name, file, page in slices}
+        return [file_of[name] for name, _, _ in labels]
+    if len(slices) != len(labels):
         raise InputError(f"{path}: {len(slices)} slices, but {label_path} has {len(labels)} labels")
     return [(file, page) for _, file, page in slices]
 
@@ -53,7 +57,7 @@ def read_probability(file, page):
     image = read_slice(file, page)
     if np.issubdtype(image.dtype, np.integer):
         return image.astype(np.float32) / np.iinfo(image.dtype).max
-    if image.min() < 0 or image.max() > 1:
+    if image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
         raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities")
     return image
 
@@ -65,13 +69,12 @@ def read_blurred(file, page):
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
-def read_all(read, files, labels):
-    """`read` each of the files -> [(H, W), ...]. Raises InputError for one of another size."""
-    images = [read(*file) for file in files]
-    for (file, _), image, label in zip(files, images, labels, strict=True):
-        if image.shape != label.shape:
-            raise InputError(f"{file}: {image.shape}, but its label has {label.shape} pixels")
-    return images
+def check_shapes(read, files, label_files):
+    """Raises InputError for an image that can't be read or isn't as large as its label."""
+    for (file, page), label_file in zip(files, label_files, strict=True):
+        shape, label_shape = read(file, page).shape, read_label(*label_file).shape
+        if shape != label_shape:
+            raise InputError(f"{file}: {shape}, but its label has {label_shape} pixels")
 
 
 def parse_args():
@@ -86,27 +89,33 @@ def parse_args():
 
 def main():
     args = parse_args()
-    labels = [read_label(file, page) > 0 for _, file, page in list_slices(args.label)]
-    files = pair(args.prediction, args.label, "_prob")
-    proposals = {
-        "prediction": read_all(read_probability, files, labels),
-        "all_interior": [np.ones(label.shape) for label in labels],
-    }
-    label_path = Path(args.label)
+    label_files = [(file, page) for _, file, page in list_slices(args.label)]
+    files = {"prediction": pair(args.prediction, args.label, "_prob")}
+    label_path = Path(args.label).resolve()
     beside = label_path.with_name("image".join(label_path.name.rsplit("label", 1)))
-    image_path = args.image or (beside if beside != label_path and beside.exists() else None)
-    if image_path:
-        files = pair(image_path, args.label)
-        proposals["blurred_slices"] = read_all(read_blurred, files, labels)
+    if args.image:
+        files["blurred_slices"] = pair(args.image, args.label)
+    elif beside != label_path and beside.exists():
+        with suppress(InputError):  # they may be other slices: nobody said that they belong here
+            files["blurred_slices"] = pair(beside, args.label)
+    readers = {"prediction": read_probability, "blurred_slices": read_blurred}
+    for name, of_name in files.items():  # all of them, before minutes of work
+        check_shapes(readers[name], of_name, label_files)
     if args.json:
         engine.check_output(args.json)
     engine.kept = "nothing was written"
 
     results = {}
-    for name, proposal in proposals.items():
-        bar = tqdm(proposal, name.replace("_", " "), leave=False, disable=None)
-        results[name] = evaluate(bar, labels)
-    print(f"{f'{len(labels)} slices':20}    best    at  at 0.5", end="")
+    for name in ("prediction", "all_interior", "blurred_slices"):
+        if name in files:
+            proposal = (readers[name](*file) for file in files[name])
+        elif name == "all_interior":
+            proposal = (np.ones(read_label(*file).shape, bool) for file in label_files)
+        else:
+            continue
+        bar = tqdm(proposal, name.replace("_", " "), len(label_files), leave=False, disable=None)
+        results[name] = evaluate(bar, (read_label(*file) > 0 for file in label_files))
+    print(f"{f'{len(label_files)} slices':20}    best    at  at 0.5", end="")
     floors = [name for name in results if name != "prediction"]
     print("".join(f"{name.replace('_', ' '):>16}" for name in floors))
     middle = list(THRESHOLDS).index(0.5)
@@ -114,7 +123,7 @@ def main():
         value, threshold = best(results["prediction"], score)
         line = f"{title:20}{value:8.4f}{threshold:6.1f}{results['prediction'][score][middle]:8.4f}"
         print(line + "".join(f"{best(results[name], score)[0]:16.4f}" for name in floors))
-    if not image_path:
+    if "blurred_slices" not in files:
         print("no floor of blurred slices: --image says where the slices are")
     if args.json:
         written = {

@@ -109,11 +109,12 @@ def write_slice(path, image, probability, threshold, with_cells):
     orange = (0, 140, 255)
     write_png(f"{path}_overlay.png", paint(image, orange, ~mask))
     if with_cells:
-        cells = thin(mask)
-        if cells.max() > np.iinfo(np.uint16).max:
-            raise InputError(f"{path}: more than 65535 cells, --cells needs smaller slices")
-        write_png(f"{path}_cells.png", cells.astype(np.uint16))
+        cells = thin(mask) * mask.any()  # thin() makes one cell of nothing
         write_png(f"{path}_colours.png", paint(image, colour_cells(cells), mask))
+        if cells.max() > np.iinfo(np.uint16).max:  # specks: no number is better than a wrong one
+            cells[cells > np.iinfo(np.uint16).max] = 0
+            tqdm.write(f"{path}_cells.png: only the first 65535 of the cells have a number")
+        write_png(f"{path}_cells.png", cells.astype(np.uint16))
 
 
 def parse_args():
@@ -125,7 +126,7 @@ def parse_args():
     add("--stack", metavar="FILE.tif", help="write P(interior) as a float32 TIFF stack as well")
     add(
         "--threshold",
-        type=engine.number(float, 0),
+        type=engine.number(float, 0, maximum=1),
         help="interior is P > T (default: the checkpoint's, else 0.5)",
     )
     add("--cells", action="store_true", help="number and colour the cells as well")
@@ -141,8 +142,6 @@ def parse_args():
     engine.add_cpu_kernels(parser)
     add("--trust_pickle", action="store_true", help="allow a flow.save folder, which runs code")
     args = parser.parse_args()
-    if args.threshold is not None and args.threshold > 1:
-        raise InputError(f"--threshold {args.threshold} is not between 0 and 1")
     if args.tile and (args.tile <= 2 * MARGIN or args.tile % 16):
         raise InputError(f"--tile {args.tile} is not 0 or a multiple of 16 above {2 * MARGIN}")
     return args
@@ -161,18 +160,25 @@ def main():
             "slices need one of each"
         )
     slices = list_slices(args.Test_Data_path)
+    pixels = 0
     for _, file, page in slices:  # all of them, before hours of work
-        if min(read_slice(file, page).shape) < MIN_SIDE:
+        shape = read_slice(file, page).shape
+        pixels += shape[0] * shape[1]
+        if min(shape) < MIN_SIDE:
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels")
     net = net.to(device).eval()
     if args.cpu_kernels == "auto":
         accelerate(net)
     threshold = args.threshold if args.threshold is not None else metadata.get("threshold", 0.5)
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise InputError(f"{args.checkpoint}: its threshold is no number from 0 to 1")
     folder = Path(args.save_res_path)
     if folder.resolve() == Path(args.Test_Data_path).resolve():
         raise InputError(f"{folder}: holds the slices, choose another --save_res_path")
     if args.stack:
         engine.check_output(args.stack)
+        if Path(args.stack).resolve() in {file.resolve() for _, file, _ in slices}:
+            raise InputError(f"--stack {args.stack}: is one of the slices, choose another name")
     engine.make_folder(folder)
 
     engine.kept = f"the slices finished so far are in {folder}"
@@ -180,7 +186,8 @@ def main():
     with ExitStack() as open_files:
         if args.stack:
             file = open_files.enter_context(engine.write_whole(args.stack))
-            stack = open_files.enter_context(tifffile.TiffWriter(file))
+            big = 4 * pixels > 2**32 - 2**25  # beyond what a plain TIFF's offsets reach
+            stack = open_files.enter_context(tifffile.TiffWriter(file, bigtiff=big))
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)
             probability = run(net, normalise(image), device, args.tile)

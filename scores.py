@@ -68,18 +68,21 @@ def partition_scores(label, segments):
 def evaluate(probabilities, labels, thresholds=THRESHOLDS):
     """Scores at each of the thresholds -> {name: array (len(thresholds),)}.
 
-    probabilities: P(interior) of each slice, (H, W), floats in [0, 1]. labels: (H, W), bool.
+    probabilities: P(interior) of each slice, (H, W), floats in [0, 1]. labels: (H, W), bool. Both
+    may be iterators, so that one slice is in memory at a time.
     V_Rand and V_Info are averages over the slices; the split and merge scores (how little is split,
     how little is merged) and pixels are counted over all of them.
     """
     partitions = np.zeros((len(thresholds), 2))
     together = np.zeros((len(thresholds), 3))
     counts = np.zeros((len(thresholds), 4))
+    slices = 0
     for probability, label in zip(probabilities, labels, strict=True):
+        slices += 1
         for i, threshold in enumerate(thresholds):
             found = probability > threshold
             v_rand, v_info, pairs = partition_scores(label, thin(found))
-            partitions[i] += (v_rand / len(labels), v_info / len(labels))
+            partitions[i] += (v_rand, v_info)
             together[i] += pairs
             pairs = (found & label, found & ~label, ~found & label, ~found & ~label)
             counts[i] += [np.count_nonzero(pair) for pair in pairs]
@@ -93,10 +96,10 @@ def evaluate(probabilities, labels, thresholds=THRESHOLDS):
     f1_interior = ratio(2 * right, 2 * right + wrong)
 
     return {
-        "v_rand": partitions[:, 0],
+        "v_rand": partitions[:, 0] / slices,
         "v_rand_split": ratio(same, in_cells),
         "v_rand_merge": ratio(same, in_segments),
-        "v_info": partitions[:, 1],
+        "v_info": partitions[:, 1] / slices,
         "pixel_f1_interior": f1_interior,
         "pixel_error": 1 - f1_interior,
         "pixel_misclassification": wrong / counts.sum(1),

@@ -9,6 +9,6 @@ cd "$(dirname "$0")"
 source ./env.sh
 case " $* " in
     *" --Test_Data_path"* | *" --help "* | *" -h "*) ;;
-    *) [ -e data/test_image ] || python3 data/prepare.py auto ;;
+    *) [ -e data/test_image ] || [ -e data/train_image ] || python3 data/prepare.py auto ;;
 esac
 exec python3 predict_unet_test.py "$@"

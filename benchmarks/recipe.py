@@ -5,10 +5,10 @@
     python3 benchmarks/recipe.py --name "no elastic" --epochs 30 --augment flip rotate intensity
     python3 benchmarks/recipe.py --name dropout --epochs 30 --dropout 0.5
 
-Takes the flags of TrainUnetDataSet.py, whose defaults are the recipe, and besides those below, for
-what was tried and not kept. The last five slices of --data_path are held out (--val_count), and
-scored after the last epoch, each score at its best threshold, with the 8 flips and turns averaged
-(--tta) and without. Nothing is written but the row.
+Takes the flags of TrainUnetDataSet.py that say how to train, whose defaults are the recipe, and
+besides those below, for what was tried and not kept. The last five slices of --data_path are held
+out (--val_count), and scored after the last epoch, each score at its best threshold, without and
+with the 8 flips and turns averaged (--tta). Nothing is written but the row.
 """
 
 import argparse
@@ -94,7 +94,9 @@ def main():
     own, args = parse_args()
     train_set, val_set = engine.data_sets(args)
     device = engine.start(args)
-    net = accelerate(UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels))
+    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    if args.cpu_kernels == "auto":
+        accelerate(net)
     if own.dropout:
         add_dropout(net, own.dropout)
     kinds = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}

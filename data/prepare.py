@@ -407,9 +407,9 @@ def prepare(args):
             if args.command == "isbi":
                 raise
             say(error)
-            print(FALLBACK, flush=True)
             marker = SAMPLE
             refuse_foreign(args.out, marker)
+            print(FALLBACK, flush=True)
     if marker == SAMPLE:
         folders = make_sample()
     write(args.out, marker, folders)

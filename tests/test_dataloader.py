@@ -125,6 +125,15 @@ def test_elastic_deformation_is_joint_and_smooth():
     assert 4 < np.std(shifts) < 12
 
 
+def test_elastic_deformation_keeps_the_grain():
+    """The finest contrast of noise stays within a tenth, or training would blur what is seen."""
+    noise = np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), 0.8)  # as fine as that of an electron micrograph
+    (bent,) = augment([noise, noise], np.random.default_rng(1), ("elastic",))[:1]
+    grain = [np.std(image - cv2.GaussianBlur(image, (0, 0), 1)) for image in (noise, bent)]
+    assert grain[1] > 0.9 * grain[0]
+
+
 def test_intensity_changes_the_image_only():
     """Brightness, contrast and gamma: the order of grey values stays, label and weight too."""
     image = np.random.default_rng(0).normal(0, 1, (20, 20)).astype(np.float32)

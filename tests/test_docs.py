@@ -9,7 +9,8 @@ from conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "predict_unet_test.py", "evaluate.py", "plot.py")
-BENCHMARKS = ("benchmarks/cpu_step.py", "benchmarks/cpu_accuracy.py")
+BENCHMARKS = ("cpu_step.py", "cpu_accuracy.py", "recipe.py", "same_time.py")
+BENCHMARKS = tuple(f"benchmarks/{name}" for name in BENCHMARKS)
 
 
 def code_of(name):

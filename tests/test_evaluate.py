@@ -86,7 +86,7 @@ def test_thinning_parts_cells_by_lines_of_a_pixel():
     assert len(np.unique(thin(np.eye(6, dtype=bool)))) == 7  # diagonal neighbours are apart
 
 
-def test_a_gap_costs_v_rand_and_hardly_a_pixel(oracle):
+def test_a_gap_costs_v_rand_and_hardly_a_pixel():
     """The reason for V_Rand: joining two cells by one pixel is a merge."""
     label = np.ones((40, 40), bool)
     label[:, 20] = False
@@ -131,6 +131,24 @@ def test_the_script_prints_a_table_and_writes_json(oracle, tmp_path):
     assert scores["floors"]["all_interior"]["best"]["v_rand"] < scores["best"]["v_rand"]
     done = script("evaluate.py", "--prediction", stack, "--label", stack, cwd=tmp_path)
     assert done.returncode == 2  # probabilities are no labels
+
+
+def test_folders_are_paired_by_name(tmp_path):
+    """Whatever the order of the files: 1_prob comes after 1_2_prob, 1 before 1_2."""
+    rng = np.random.default_rng(0)
+    for name in ("label", "found", "image"):
+        (tmp_path / name).mkdir()
+    for name in ("1", "1_2", "10", "a"):
+        label = np.where(rng.random((40, 40)) > 0.4, 255, 0).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / f"label/{name}.png"), label)
+        cv2.imwrite(str(tmp_path / f"found/{name}_prob.png"), label)
+    cv2.imwrite(str(tmp_path / "image/other.png"), label)  # not these slices: no floor then
+    done = script("evaluate.py", "--prediction", "found", "--label", "label", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for title in ("V_Rand", "V_Info", "membrane Dice"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(title))
+        assert line.split()[len(title.split())] == "1.0000"
+    assert "no floor of blurred slices" in done.stdout
 
 
 def test_bad_input_is_one_line(oracle, tmp_path):

@@ -82,6 +82,15 @@ def test_cells(trained):
         assert grey[mask == 0].all() and not grey[mask > 0].any()
 
 
+def test_no_cell_where_there_is_no_interior(tmp_path):
+    """All membrane: no cell has a number, nothing is coloured."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50)).astype(np.uint8)
+    predict_unet_test.write_slice(tmp_path / "a", noise, np.zeros((40, 50)), 0.5, True)
+    assert not cv2.imread(str(tmp_path / "a_cells.png"), -1).any()
+    colours = cv2.imread(str(tmp_path / "a_colours.png"))
+    assert (colours == colours[:, :, :1]).all()
+
+
 def test_tiles_dont_show():
     """Tiles give the whole slice's result to rounding, away from the slice's own edges."""
     net = UNet(1, 1, bilinear=False, base_channels=2).eval()

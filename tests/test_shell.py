@@ -48,6 +48,7 @@ def test_train_then_test(copy, tmp_path):
     assert done.returncode == 2
     assert "train one first, with bash train.sh" in done.stderr
 
+    shutil.rmtree(copy / "data/train_image")  # now train.sh's turn
     flags = (
         *SMALL,
         "--epochs",

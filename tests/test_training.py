@@ -132,7 +132,65 @@ def test_resume_is_exact(slices, tmp_path):
         name = f"checkpoints/{name}.safetensors"
         assert_same_checkpoint(whole / name, parts / name)
     assert (whole / "Unet_train.txt").read_text() == (parts / "Unet_train.txt").read_text()
-    assert rows_of(whole / "Unet_train.csv") == rows_of(parts / "Unet_train.csv")
+    rows = rows_of(whole / "Unet_train.csv")
+    assert rows == rows_of(parts / "Unet_train.csv")
+    validated = [int(row["epoch"]) for row in rows if row["val_v_rand"]]
+    assert validated == [1, 2, 4, 6]
+    best = metadata_of(whole / "checkpoints/best.safetensors")["best"]
+    assert best["by"] == "val_v_rand"
+    assert 1 - best["loss"] == pytest.approx(
+        max(float(r["val_v_rand"] or 0) for r in rows), abs=1e-6
+    )
+
+
+def test_border_weights_reach_the_loss(slices, tmp_path):
+    """The first epoch's loss of one step is the weighted mean of the untrained net's losses."""
+    import engine
+    from dataloader import SelfDataSet
+    from unet import UNet
+
+    import oneflow as flow
+
+    flags = ("--batch_size", 6, "--epochs", 1, "--augment", "--crop", 0, "--seed", 3)
+    train(*flags, "--border_weight", 30, cwd=tmp_path)
+    engine.seed_epoch(3, 0)
+    net = UNet(1, 1, bilinear=False, base_channels=4)
+    image, label, weight = map(np.stack, zip(*SelfDataSet(slices, border_weight=30), strict=True))
+    with flow.no_grad():
+        logits = net(flow.tensor(image)).numpy().astype(np.float64)
+    losses = np.log1p(np.exp(-np.where(label == 1, logits, -logits)))
+    (row,) = rows_of(tmp_path / "Unet_train.csv")
+    assert float(row["train_loss"]) == pytest.approx((losses * weight).mean(), abs=1e-5)
+    assert abs(losses.mean() - (losses * weight).mean()) > 1e-3
+
+
+def test_an_older_checkpoint_goes_on_as_it_was(slices, tmp_path):
+    """One from before crops were repeated, weighted and annealed keeps training like that."""
+    old = ("--repeat", 1, "--schedule", "constant", "--border_weight", 0, "--val_every", 1)
+    train(*old, "--crop", 0, "--epochs", 1, "--val_count", 2, cwd=tmp_path)
+    last = tmp_path / "checkpoints/last.safetensors"
+    tensors, metadata = tensors_of(last), metadata_of(last)
+    for name in ("repeat", "schedule", "border_weight", "val_every", "best_by"):
+        del metadata["arguments"][name]
+    metadata["arguments"]["crop"] = None
+    del metadata["best"]["threshold"]
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    safetensors.numpy.save_file(tensors, last, texts)
+    table = tmp_path / "Unet_train.csv"
+    table.write_text("epoch,train_loss,val_loss,lr\n1,0.7,0.6,0.001\n")
+    done = script(
+        "TrainUnetDataSet.py", "--device", "cpu", "--resume", last, "--epochs", 2, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = metadata_of(last)["arguments"]
+    assert {f"--{name}": arguments[name] for name in ("repeat", "schedule", "border_weight")} == {
+        "--repeat": 1,
+        "--schedule": "constant",
+        "--border_weight": 0,
+    }
+    first, second = rows_of(table)
+    assert (first["val_loss"], first["lr"], first["val_v_rand"]) == ("0.6", "0.001", "")
+    assert second["lr"] == "0.001" and second["val_v_rand"]
 
 
 def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
