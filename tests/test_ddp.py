@@ -30,10 +30,12 @@ def watched_finish(args, net, optimizer, epoch, *rest):
         if WHAT == "exit":
             raise SystemExit(3)
         os.kill(os.getpid(), signal.SIGKILL)
-    return finish(args, net, optimizer, epoch, *rest)
+    best = finish(args, net, optimizer, epoch, *rest)
+    open(f"rank{engine.RANK}-best", "w").write(str(best))
+    return best
 
 def watched_sums(*values):
-    sums.append(values[:2])
+    sums.append((*values, *(0,) * (20 - len(values))))
     return add(*values)
 
 engine.finish_epoch, engine.sum_over_ranks = watched_finish, watched_sums
@@ -49,7 +51,8 @@ def run_driver(tmp_path, what, *flags):
 
 def test_two_processes_train_one_net(slices, tmp_path):
     """Only rank 0 prints and writes, the loss is the mean over all samples, weights are equal."""
-    done = run_driver(tmp_path, None, "--epochs", 2, "--val_count", 1, "--batch_size", 2)
+    flags = ("--epochs", 2, "--val_count", 1, "--batch_size", 2, "--best_by", "v_rand")
+    done = run_driver(tmp_path, None, *flags)
     assert done.returncode == 0, done.stderr
     for said in ("device: cpu, 2 processes", "5 training slices", "epoch: 1 ", "epoch: 2 "):
         assert done.stdout.count(said) == 1, done.stdout
@@ -57,17 +60,21 @@ def test_two_processes_train_one_net(slices, tmp_path):
     for name in ranks[0].files:
         if name != "sums":  # running statistics are compared too
             np.testing.assert_array_equal(ranks[0][name], ranks[1][name], err_msg=name)
-    # An epoch adds up (loss, samples), then validation (loss, error) over the ranks.
+    best = [(tmp_path / f"rank{rank}-best").read_text() for rank in range(2)]
+    assert best[0] == best[1] and "val_v_rand" in best[0]
+    # An epoch adds up (loss, samples), then validation (loss, error, V_Rand at 9 thresholds and
+    # V_Info) over the ranks; the one slice is rank 0's.
     sums = ranks[0]["sums"] + ranks[1]["sums"]
     assert not np.array_equal(ranks[0]["sums"], ranks[1]["sums"])
     rows = rows_of(tmp_path / "Unet_train.csv")
     for epoch, row in enumerate(rows):
-        loss, samples = sums[2 * epoch]
+        loss, samples = sums[2 * epoch][:2]
         assert samples == 6  # 5 slices, filled up to 3 for each rank
         assert float(row["train_loss"]) == pytest.approx(loss / samples, abs=1e-6)
-        val_loss, val_error = sums[2 * epoch + 1]
+        val_loss, val_error, *v_rand = sums[2 * epoch + 1][:11]
         assert float(row["val_loss"]) == pytest.approx(val_loss, abs=1e-6)
         assert float(row["val_misclassification"]) == pytest.approx(val_error, abs=1e-6)
+        assert float(row["val_v_rand"]) == pytest.approx(max(v_rand), abs=1e-6)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "best.safetensors",
         "last.safetensors",
