@@ -7,6 +7,7 @@ Plain functions. Those that print, write or count know that the process may be o
 import argparse
 import csv
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -496,17 +497,35 @@ def save_checkpoint(path, net, optimizer, args, epoch, best):
         "arguments": vars(args),
         "versions": {"oneflow": flow.__version__, "numpy": np.__version__},
     }
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    write_checkpoint(path, tensors, metadata)
+
+
+def write_checkpoint(path, tensors, metadata):
+    """Write a safetensors file whole, with a checksum. tensors: {name: array}; metadata: JSON."""
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    texts["checksum"] = json.dumps(checksum(tensors, texts))
     with write_whole(path) as file:
-        file.write(safetensors.numpy.save(tensors, metadata))
+        file.write(safetensors.numpy.save(tensors, texts))
+
+
+def checksum(tensors, texts):
+    """SHA-256, in hex, of all that a checkpoint holds; texts: its metadata, {key: string}."""
+    digest = hashlib.sha256()
+    for key in sorted(texts):
+        digest.update(f"{key}={texts[key]}\n".encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensors[name]))
+    return digest.hexdigest()
 
 
 def load_checkpoint(path, trust_pickle=False):
     """Read a checkpoint -> (net tensors, optimizer tensors, metadata); runs no code from it.
 
     The tensors are dicts of NumPy arrays under their state-dict names, the metadata is a dict,
-    empty for a file of bare weights. A folder written by `flow.save` is unpickled, which runs
-    whatever code it holds, so that needs `trust_pickle`. Raises InputError.
+    empty for a file of bare weights. A checksum, where there is one, is checked. A folder written
+    by `flow.save` is unpickled, which runs whatever code it holds, so that needs `trust_pickle`.
+    Raises InputError.
     """
     path = Path(path)
     if path.is_dir():
@@ -528,6 +547,9 @@ def load_checkpoint(path, trust_pickle=False):
             texts = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    expected = texts.pop("checksum", None)
+    if expected is not None and expected != json.dumps(checksum(tensors, texts)):
+        raise InputError(f"{path}: is damaged, what it holds doesn't match its checksum")
     metadata = {}
     for key, text in texts.items():
         with suppress(ValueError):  # others' metadata, such as PyTorch's format: pt, aren't JSON

@@ -173,7 +173,7 @@ def test_an_older_checkpoint_goes_on_as_it_was(slices, tmp_path):
     for name in ("repeat", "schedule", "border_weight", "val_every", "best_by"):
         del metadata["arguments"][name]
     metadata["arguments"]["crop"] = None
-    del metadata["best"]["threshold"]
+    del metadata["best"]["threshold"], metadata["checksum"]
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     safetensors.numpy.save_file(tensors, last, texts)
     table = tmp_path / "Unet_train.csv"
@@ -283,6 +283,7 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         assert done.returncode == 2 and one_line(done.stderr) and left_out in done.stderr
 
     tensors, metadata = tensors_of(last), metadata_of(last)
+    del metadata["checksum"]
     hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
     for name, value in hostile.items():
         arguments = {**metadata["arguments"], "val_path": None, name: value}
@@ -294,6 +295,31 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
         assert done.returncode == (0 if name == "augment" else 2), done.stderr
     assert not list(tmp_path.glob("stolen*"))
+
+
+def test_a_damaged_checkpoint_is_refused(slices, tmp_path):
+    """A bit that flips anywhere in weights, optimizer or metadata, or a byte missing: one line."""
+    import engine
+    from dataloader import InputError
+
+    train("--epochs", 1, cwd=tmp_path)
+    last = tmp_path / "checkpoints/last.safetensors"
+    whole = last.read_bytes()
+    engine.load_checkpoint(last)
+    header = int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(0, len(whole), 100), *rng.integers(8, header + 8, 100)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        last.write_bytes(damaged)
+        with pytest.raises(InputError, match="whole|damaged"):
+            engine.load_checkpoint(last)
+            pytest.fail(f"bit flipped in byte {place} of {len(whole)}, header {header}")
+    for end in (0, 7, 8, 100, len(whole) - 1):
+        last.write_bytes(whole[:end])
+        with pytest.raises(InputError, match="whole|damaged"):
+            engine.load_checkpoint(last)
 
 
 def test_slices_of_different_sizes(tmp_path):
