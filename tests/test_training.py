@@ -313,12 +313,12 @@ def test_a_damaged_checkpoint_is_refused(slices, tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.integers(8)
         last.write_bytes(damaged)
-        with pytest.raises(InputError, match="whole|damaged"):
+        with pytest.raises(InputError, match=r"whole|damaged"):
             engine.load_checkpoint(last)
             pytest.fail(f"bit flipped in byte {place} of {len(whole)}, header {header}")
     for end in (0, 7, 8, 100, len(whole) - 1):
         last.write_bytes(whole[:end])
-        with pytest.raises(InputError, match="whole|damaged"):
+        with pytest.raises(InputError, match=r"whole|damaged"):
             engine.load_checkpoint(last)
 
 
