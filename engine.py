@@ -150,7 +150,7 @@ def parse_args(doc, argv=None):
         "V_Rand (default: loss)",
     )
     add("--epochs", type=number(int, 1), default=40, help="train up to this epoch (default: 40)")
-    add("--repeat", type=number(int, 1), default=4, help="times an epoch sees each slice (4)")
+    add("--repeat", type=number(int, 1), default=8, help="times an epoch sees each slice (8)")
     add("--batch_size", type=number(int, 1), default=4, help="crops a step and device (4)")
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="Adam's step size (0.001)")
     add(
@@ -175,9 +175,9 @@ def parse_args(doc, argv=None):
         "--augment",
         nargs="*",
         choices=AUGMENTATIONS,
-        default=list(AUGMENTATIONS),
+        default=["flip", "rotate", "elastic"],
         help="flips, right-angle rotations, elastic deformation, brightness with contrast and "
-        "gamma; no value: none (default: all)",
+        "gamma (intensity); no value: none (default: flip rotate elastic)",
     )
     add(
         "--border_weight",
