@@ -142,6 +142,24 @@ def test_bare_weights_and_old_checkpoints(trained):
     assert np.abs(exact.astype(int) - half).max() <= 4  # half precision, for files to send around
 
 
+def test_weights_in_the_box():
+    """checkpoints/isbi2012.safetensors: small, whole, nothing but a net, no path of its maker."""
+    boxed = predict_unet_test.BOXED
+    assert boxed.stat().st_size < 16e6
+    _, moments, metadata = engine.load_checkpoint(boxed)
+    assert not moments
+    net, _ = engine.net_of_checkpoint(boxed)
+    assert net.base_channels == metadata["model"]["base_channels"]
+    assert metadata["threshold"] == 0.4  # as README says
+    assert metadata["arguments"]["data_path"] == "data/train_image"
+    # It tells a dark line from a light cell, whatever the contrast.
+    image = np.full((128, 128), 180, np.uint8)
+    cv2.circle(image, (64, 64), 40, 70, 7)
+    noise = np.random.default_rng(0).normal(0, 8, image.shape)
+    probability = predict_unet_test.predict(net.eval(), normalise(image + noise), "cpu")
+    assert probability[image == 70].mean() < 0.3 < 0.6 < probability[image == 180].mean()
+
+
 def test_bad_input_is_one_line(trained):
     """Bad input: exit 2 with one line that names it, and no output folder."""
     (trained / "empty").mkdir()
