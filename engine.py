@@ -45,6 +45,7 @@ PATHS = ("data_path", "label_path", "val_path", "checkpoint_dir", "log_file")
 
 # What an interrupt leaves behind: interrupt() says it.
 kept = "nothing was finished, nothing is kept"
+unfinished = set()  # files that write_whole is writing: interrupt() removes them
 
 
 # ---------------------------------------------------------------- how a script starts and ends
@@ -88,6 +89,8 @@ def interrupt(*_):
     way out through OneFlow and its DataLoader now and then ends in a crash or hangs.
     """
     if os.getpid() == MAIN_PROCESS:  # a DataLoader's workers inherit this, and end with us
+        for path in unfinished:
+            path.unlink(missing_ok=True)
         if RANK == 0:
             os.write(2, f"\ninterrupted: {kept}\n".encode())  # print() may be at work already
         os._exit(130)
@@ -460,6 +463,7 @@ def write_whole(path):
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.new")  # one name, so that killed runs leave one at most
+    unfinished.add(aside)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -468,6 +472,7 @@ def write_whole(path):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+        unfinished.discard(aside)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)

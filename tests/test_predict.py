@@ -1,8 +1,12 @@
 """Prediction as a user runs it: python3 -m pytest tests/test_predict.py"""
 
+import signal
+import subprocess
+import sys
+
 import engine
 import predict_unet_test
-from conftest import one_line, script, train, write_pairs
+from conftest import ROOT, one_line, script, train, write_pairs
 from dataloader import normalise, read_slice
 from unet import UNet
 
@@ -89,6 +93,23 @@ def test_no_cell_where_there_is_no_interior(tmp_path):
     assert not cv2.imread(str(tmp_path / "a_cells.png"), -1).any()
     colours = cv2.imread(str(tmp_path / "a_colours.png"))
     assert (colours == colours[:, :, :1]).all()
+
+
+def test_interrupting_leaves_whole_files_only(trained):
+    """Ctrl-C: exit 130, one line, the pictures so far are whole, nothing half-written is left."""
+    command = [sys.executable, ROOT / "predict_unet_test.py", "--device", "cpu", "--tta"]
+    command += ["--Test_Data_path", "new/train_image", "--save_res_path", "i", "--stack", "i/s.tif"]
+    with subprocess.Popen(command, cwd=trained, stderr=subprocess.PIPE, text=True) as process:
+        while not (trained / "i/0_overlay.png").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted: the slices finished so far" in errors
+    assert errors.count("\n") == 2
+    left = sorted(path.name for path in (trained / "i").iterdir())
+    assert not [name for name in left if name.startswith(".") or name == "s.tif"]
+    for name in left:
+        assert cv2.imread(str(trained / "i" / name)) is not None
 
 
 def test_tiles_dont_show():
