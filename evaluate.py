@@ -97,7 +97,9 @@ def main():
         files["blurred_slices"] = pair(args.image, args.label)
     elif beside != label_path and beside.exists():
         with suppress(InputError):  # they may be other slices: nobody said that they belong here
-            files["blurred_slices"] = pair(beside, args.label)
+            found = pair(beside, args.label)
+            check_shapes(read_slice, found, label_files)
+            files["blurred_slices"] = found
     readers = {"prediction": read_probability, "blurred_slices": read_blurred}
     for name, of_name in files.items():  # all of them, before minutes of work
         check_shapes(readers[name], of_name, label_files)

@@ -40,13 +40,14 @@ def draw(epochs, train, val, out):
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(epochs, train, ".-", label="training")
-    judged, name = train, "training"
-    if any(loss == loss for loss in val):  # NaN isn't equal to itself
-        axes.plot(epochs, val, ".-", label="validation")
-        judged, name = val, "validation"
-    loss, best = min(
-        (loss, epoch) for loss, epoch in zip(judged, epochs, strict=True) if loss == loss
-    )
+    judged, name = zip(train, epochs, strict=True), "training"
+    # Not each epoch is validated: a line through those that are. NaN isn't equal to itself.
+    validated = [pair for pair in zip(val, epochs, strict=True) if pair[0] == pair[0]]
+    if validated:
+        losses, when = zip(*validated, strict=True)
+        axes.plot(when, losses, ".-", label="validation")
+        judged, name = validated, "validation"
+    loss, best = min(pair for pair in judged if pair[0] == pair[0])
     label = f"lowest {name} loss: {loss:.4f}, epoch {best}"
     axes.plot(best, loss, "*", color="black", markersize=12, label=label)
     axes.set(xlabel="epoch", ylabel="loss (binary cross-entropy)", ylim=(0, None))
