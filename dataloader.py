@@ -39,7 +39,7 @@ cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
 SUFFIXES = {".png", ".tif", ".tiff"}
 KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
-AUGMENTATIONS = ("flip", "rotate", "elastic", "intensity")
+AUGMENTATIONS = ("flip", "rotate", "elastic")
 
 
 class InputError(ValueError):
@@ -115,7 +115,7 @@ def augment(maps, rng, kinds, crop=None):
     """The same random crop, flips, turns and deformation for all maps; `rng` is NumPy's.
 
     maps: [image, label, ...], each float32 (H, W); returns as many, of another shape where `crop`
-    (pixels a side) asks for it. kinds: any of AUGMENTATIONS. "intensity" changes the image only.
+    (pixels a side) asks for it. kinds: any of AUGMENTATIONS.
     """
     height, width = maps[0].shape
     side_y, side_x = (crop, crop) if crop else (height, width)
@@ -133,12 +133,6 @@ def augment(maps, rng, kinds, crop=None):
         # A quarter turn would change the shape of an oblong image, and batches need one shape.
         turns = rng.integers(4) if side_y == side_x else 2 * rng.integers(2)
         maps = [np.rot90(m, turns) for m in maps]
-    if "intensity" in kinds:
-        # A curve through the darkest and the lightest value, then contrast and brightness.
-        low, span = maps[0].min(), max(float(np.ptp(maps[0])), 1e-6)
-        curved = low + span * ((maps[0] - low) / span) ** np.float32(rng.lognormal(0, 0.2))
-        contrast, brightness = rng.uniform(0.8, 1.2), rng.uniform(-0.2, 0.2)
-        maps = [curved * np.float32(contrast) + np.float32(brightness), *maps[1:]]
     return maps
 
 
@@ -202,7 +196,7 @@ class SelfDataSet(Dataset):
     label_path: folder or stack of labels with the same file names; by default the sibling of
         data_path whose last component has `label` for `image`.
     augment: any of "flip" (both directions), "rotate" (right angles), "elastic" (smooth
-        deformation), "intensity" (brightness, contrast and gamma); none by default.
+        deformation); none by default.
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
     repeat: how often an epoch sees each slice, each time with an augmentation of its own.
     border_weight: w0 of border_weights(); 0 for none.

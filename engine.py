@@ -179,8 +179,8 @@ def parse_args(doc, argv=None):
         nargs="*",
         choices=AUGMENTATIONS,
         default=["flip", "rotate", "elastic"],
-        help="flips, right-angle rotations, elastic deformation, brightness with contrast and "
-        "gamma (intensity); no value: none (default: flip rotate elastic)",
+        help="flips, right-angle rotations, elastic deformation; no value: none "
+        "(default: flip rotate elastic)",
     )
     add(
         "--border_weight",

@@ -2,7 +2,7 @@
 
     source env.sh
     python3 benchmarks/recipe.py --name recipe --epochs 30
-    python3 benchmarks/recipe.py --name "no elastic" --epochs 30 --augment flip rotate intensity
+    python3 benchmarks/recipe.py --name elastic --epochs 30 --augment flip rotate elastic
     python3 benchmarks/recipe.py --name dropout --epochs 30 --dropout 0.5
 
 Takes the flags of TrainUnetDataSet.py that say how to train, whose defaults are the recipe, and
@@ -12,6 +12,7 @@ with the 8 flips and turns averaged (--tta). Nothing is written but the row.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import engine
 from cpu_kernels import accelerate
+from dataloader import SelfDataSet
 from predict_unet_test import predict, predict_symmetries
 from scores import best, evaluate
 from unet import UNet
 
+import numpy as np
 import oneflow as flow
 from oneflow import nn, optim
 from oneflow.nn import functional as F
@@ -40,7 +43,9 @@ def parse_args():
     add("--smoothing", type=float, default=0, help="labels E/2 and 1 - E/2 for 0 and 1")
     add("--dice", type=float, default=0, help="how much the Dice loss of the membrane counts")
     add("--balance", type=float, default=0, help="times that membrane counts in the loss")
-    add("--average", type=float, default=0, help="decay of a moving average of the weights")
+    add("--average", type=float, default=0, help="decay of averaged weights, which get a row too")
+    add("--plateau", type=int, default=0, help="step size x 0.3 after N epochs of no lower loss")
+    add("--intensity", action="store_true", help="vary brightness, contrast and gamma")
     own, rest = parser.parse_known_args()
     if {"-h", "--help"} & set(rest):
         print(__doc__, parser.format_help(), sep="\n")
@@ -48,6 +53,17 @@ def parse_args():
     if not any(word.split("=")[0] == "--val_count" for word in rest):
         rest += ["--val_count", "5"]
     return own, engine.parse_args(__doc__, rest)
+
+
+class VaryingIntensity(SelfDataSet):
+    def __getitem__(self, index):
+        image, *others = super().__getitem__(index)
+        rng = np.random.default_rng((self.seed, self.epoch, index, 1))
+        # A curve through the darkest and the lightest value, then contrast and brightness.
+        low, span = image.min(), np.ptp(image)
+        image = low + span * ((image - low) / span) ** rng.lognormal(0, 0.2)
+        image = image * rng.uniform(0.8, 1.2) + rng.uniform(-0.2, 0.2)
+        return image.astype(np.float32), *others
 
 
 def loss_function(own):
@@ -77,14 +93,15 @@ def add_dropout(net, share):
 
 def average_weights(net, optimizer, decay):
     """After each step of the optimizer, let an average follow the net's state; returns it."""
-    average = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    state = net.state_dict()
+    average = {name: x.numpy().copy() for name, x in state.items() if x.dtype == flow.float32}
     step = optimizer.step
 
     def step_and_follow():
         step()
-        for name, tensor in net.state_dict().items():
-            if tensor.dtype == flow.float32:
-                average[name] += (1 - decay) * (tensor.numpy() - average[name])
+        state = net.state_dict()
+        for name, value in average.items():
+            value += (1 - decay) * (state[name].numpy() - value)
 
     optimizer.step = step_and_follow
     return average
@@ -93,6 +110,8 @@ def average_weights(net, optimizer, decay):
 def main():
     own, args = parse_args()
     train_set, val_set = engine.data_sets(args)
+    if own.intensity:
+        train_set.__class__ = VaryingIntensity
     device = engine.start(args)
     net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
     if args.cpu_kernels == "auto":
@@ -111,6 +130,7 @@ def main():
         num_workers=args.num_workers,
     )
     schedule = engine.learning_rate_schedule(args, optimizer, len(loader), 1)
+    lowest, since = math.inf, 0
 
     began, cpu = time.monotonic(), time.process_time()
     for epoch in range(1, args.epochs + 1):
@@ -120,21 +140,27 @@ def main():
             net, loader, loss_function(own), optimizer, schedule, device, epoch
         )
         print(f"epoch {epoch}: {loss:.4f}", file=sys.stderr, flush=True)
+        lowest, since = (loss, 0) if loss < lowest else (lowest, since + 1)
+        if own.plateau and since == own.plateau:
+            schedule.base_lrs = [lr * 0.3 for lr in schedule.base_lrs]
+            since = 0
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
 
-    if own.average:
-        net.load_state_dict({name: flow.tensor(value) for name, value in average.items()})
-    net.eval()
-    cells = [own.name, args.seed, args.epochs * len(loader), f"{seconds:.0f}", f"{cpu:.0f}"]
     labels = [label[0] > 0.5 for _, label in val_set]
-    for run in (predict, lambda *what: predict_symmetries(*what, tile=0)):
-        found = evaluate([run(net, image[0], device) for image, _ in val_set], labels)
-        for kind in ("v_rand", "v_info", "pixel_misclassification"):
-            value, threshold = best(found, kind)
-            cells.append(f"{value:.4f} ({threshold:.1f})")
     scores = "V_Rand | V_Info | misclassification"
     print(f"| variant | seed | steps | s | CPU s | {scores} | --tta: {scores} |")
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    net.eval()
+    for name in (own.name, f"{own.name}, averaged")[: 2 if own.average else 1]:
+        if name != own.name:
+            state = {key: flow.tensor(value) for key, value in average.items()}
+            net.load_state_dict(net.state_dict() | state)
+        cells = [name, args.seed, args.epochs * len(loader), f"{seconds:.0f}", f"{cpu:.0f}"]
+        for run in (predict, lambda *what: predict_symmetries(*what, tile=0)):
+            found = evaluate([run(net, image[0], device) for image, _ in val_set], labels)
+            for kind in ("v_rand", "v_info", "pixel_misclassification"):
+                value, threshold = best(found, kind)
+                cells.append(f"{value:.4f} ({threshold:.1f})")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
