@@ -7,8 +7,10 @@ A path names a folder of PNG or TIFF files or one (multi-page) TIFF stack; 8 or 
 colour. In a label white is the interior of a cell (1) and black is membrane (0).
 """
 
+import hashlib
 import os
 import re
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +33,14 @@ def quiet_stderr():
 
 
 # All scripts import this module before oneflow, so that none of them starts with its warnings
-# about CUDA and InfiniBand, which a machine without them doesn't need.
+# about CUDA and InfiniBand, which a machine without them doesn't need. The import also installs a C
+# handler with which Ctrl-C ends in a segmentation fault: keep Ctrl-C waiting, then Python's own.
+handler = signal.getsignal(signal.SIGINT)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 with quiet_stderr():
     from oneflow.utils.data import Dataset
+signal.signal(signal.SIGINT, handler)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
@@ -53,15 +60,19 @@ def list_slices(path):
     `volume_0`, `volume_1` …; other files are named by their stem, with page 0. `2.png` comes
     before `10.png`.
 
-    Raises InputError when there is nothing to read or two slices would have the same name.
+    Raises InputError when there is nothing to read, two slices would have the same name, or a TIFF
+    is cut off.
     """
     path = Path(path)
-    if path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()]
-    elif path.is_file():
-        files = [path]
-    else:
-        raise InputError(f"{path}: no such file or folder")
+    try:
+        if path.is_dir():
+            files = [f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file()]
+        elif path.is_file():
+            files = [path]
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
     if not files:
         raise InputError(f"{path}: holds no image (looked for {', '.join(sorted(SUFFIXES))})")
 
@@ -69,17 +80,57 @@ def list_slices(path):
     files.sort(key=lambda f: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.name)])
     slices = []
     for file in files:
-        pages = cv2.imcount(str(file)) if file.suffix.lower() != ".png" else 1
+        try:
+            str(file).encode()
+            pages = count_pages(file) if file.suffix.lower() != ".png" else 1
+        except UnicodeEncodeError:  # OpenCV would crash on it
+            raise InputError(f"{file}: is no UTF-8 name, rename the file or its folder") from None
+        except OSError:
+            pages = 1  # it fails in read_slice, as other unreadable files do
         if pages > 1:
             slices += [(f"{file.stem}_{page}", file, page) for page in range(pages)]
         else:
-            slices.append((file.stem, file, 0))  # an unreadable file fails in read_slice
+            slices.append((file.stem, file, 0))
     file_of = {}
     for name, file, _ in slices:
         if name in file_of:
             raise InputError(f"{file}: has the same name as {file_of[name]}, rename one of them")
         file_of[name] = file
     return slices
+
+
+def count_pages(file):
+    """The number of pages of a TIFF, 1 for any other file: what its chain of directories says.
+
+    Counted here, since libtiff counts a chain that leads beyond the end of the file as one that
+    ends there, and slices would be missing in silence. Raises InputError for such a file.
+    """
+    damaged = InputError(f"{file}: is damaged or cut off, its pages can't be counted")
+    with open(file, "rb") as tiff:
+        magic = tiff.read(4)
+        if magic in (b"II*\0", b"MM\0*"):
+            offset_bytes, count_bytes, entry_bytes = 4, 2, 12
+        elif magic in (b"II+\0", b"MM\0+"):  # BigTIFF
+            offset_bytes, count_bytes, entry_bytes = 8, 8, 20
+        else:
+            return 1
+        size = tiff.seek(0, os.SEEK_END)
+
+        def number(place, width):
+            if place + width > size:
+                raise damaged
+            tiff.seek(place)
+            return int.from_bytes(tiff.read(width), "little" if magic[:1] == b"I" else "big")
+
+        seen = set()
+        directory = number(offset_bytes, offset_bytes)
+        while directory:
+            if directory in seen:
+                raise damaged
+            seen.add(directory)
+            entries = number(directory, count_bytes)
+            directory = number(directory + count_bytes + entries * entry_bytes, offset_bytes)
+    return len(seen)
 
 
 def read_slice(file, page=0):
@@ -206,7 +257,7 @@ class SelfDataSet(Dataset):
 
     `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W): image normalised, label
     0 (membrane) or 1 (interior); with border_weight (image, label, weight). `names` and `shapes`
-    hold each pair's name and (H, W).
+    hold each pair's name and (H, W), `digest` is a SHA-256 of all their pixels.
 
     All pairs are checked here, once. Raises InputError that lists every missing label, unreadable
     file, label of another size and label without exactly two values, or when a slice is smaller
@@ -249,12 +300,15 @@ class SelfDataSet(Dataset):
 
         self.names, self.shapes, self.pairs, problems = [], [], [], []
         self.weights, kept = {}, 0  # of the first slices: forked workers have them too
+        digest = hashlib.sha256()
         for (name, file, page), label in pairs[keep]:
             try:
                 if label is None:
                     raise InputError(f"{file}: no label of that name in {label_path}")
-                shape = read_slice(file, page).shape
-                label_map = read_label(*label)
+                image, label_map = read_slice(file, page), read_label(*label)
+                shape = image.shape
+                for pixels in (image, label_map):
+                    digest.update(f"{pixels.dtype} {shape} ".encode() + pixels.tobytes())
                 if label_map.shape != shape:
                     raise InputError(
                         f"{label[0]}: {label_map.shape}, but its slice has {shape} pixels"
@@ -267,13 +321,12 @@ class SelfDataSet(Dataset):
                 self.pairs.append(((file, page), label))
             except InputError as error:
                 problems.append(str(error))
+        self.digest = digest.hexdigest()
         if problems:
             raise InputError("; ".join(problems))
         if crop and crop > min(map(min, self.shapes), default=crop):
             small = min(zip(self.shapes, self.names, strict=True), key=lambda item: min(item[0]))
-            raise InputError(
-                f"a crop of {crop} is larger than slice {small[1]} of {small[0]} pixels"
-            )
+            raise InputError(f"--crop {crop} is larger than slice {small[1]} of {small[0]} pixels")
 
     def __len__(self):
         return len(self.pairs) * self.repeat

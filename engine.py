@@ -4,15 +4,33 @@ validation, checkpoints, the log, and how a script ends.
 Plain functions. Those that print, write or count know that the process may be one rank of several.
 """
 
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+# Before the long imports: until run() has its answer to Ctrl-C, that ends a script without one, and
+# without a traceback. A launcher can be ended without its ranks, so have the kernel end them with
+# it, even one that is stopped (1 is PR_SET_PDEATHSIG). And say what OneFlow would only abort at.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.environ["RANK"] == "0":
+        try:
+            socket.create_server(("", int(os.environ["MASTER_PORT"]))).close()
+        except OSError as error:
+            sys.exit(
+                f"port {os.environ['MASTER_PORT']}: {error.strerror}; if another job runs here, "
+                "give the launcher another --master_port"
+            )
+
 import argparse
 import csv
-import ctypes
 import hashlib
 import json
 import math
-import os
-import signal
-import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -28,9 +46,6 @@ import safetensors
 import safetensors.numpy
 from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
-
-# Importing oneflow installs a C handler with which Ctrl-C ends in a segmentation fault.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAIN_PROCESS = os.getpid()
 RANK = flow.env.get_rank()
@@ -57,18 +72,20 @@ def run(main):
     Among several ranks a process has to end by `os._exit`: OneFlow's own shutdown waits for the
     other ranks, which wait for this one.
     """
-    signal.signal(signal.SIGINT, interrupt)
-    if WORLD_SIZE > 1:
-        # The launcher can be ended without its ranks: ask the kernel to end them with it.
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8
     code = 0
     try:
         main()
     except SystemExit as exit:
         code = exit.code or 0
-    except (FloatingPointError, OSError) as error:  # a full disk, for example
+    except FloatingPointError as error:
         code = 1
         complain(error)
+    except OSError as error:  # a full disk, for example
+        code = 1
+        complain(f"{error.filename or 'a file'}: {error.strerror or error}; {kept}")
     except InputError as error:
         code = 2
         complain(error)
@@ -82,18 +99,38 @@ def run(main):
     sys.exit(code)
 
 
-def interrupt(*_):
-    """Answer Ctrl-C: say what is kept and end at once, with 130.
+def interrupt(signum, _):
+    """Answer Ctrl-C (or SIGTERM): say what is kept and end at once, with 130 (143).
 
     Nothing is lost by that, since files are replaced as a whole. A KeyboardInterrupt that finds its
     way out through OneFlow and its DataLoader now and then ends in a crash or hangs.
     """
-    if os.getpid() == MAIN_PROCESS:  # a DataLoader's workers inherit this, and end with us
+    if os.getpid() == MAIN_PROCESS:
         for path in unfinished:
             path.unlink(missing_ok=True)
         if RANK == 0:
             os.write(2, f"\ninterrupted: {kept}\n".encode())  # print() may be at work already
-        os._exit(130)
+        os._exit(128 + signum)
+    if signum == signal.SIGTERM:  # a DataLoader's worker, which ends with us after Ctrl-C
+        os._exit(0)
+
+
+def got_further():
+    """Tell watch() that this rank isn't waiting for another one."""
+    global last_sign
+    last_sign = time.monotonic()
+
+
+def watch(seconds):
+    """End this rank, and by that the job, when it got no further for so long.
+
+    Ranks wait for each other at each step, in OneFlow, which never gives up: when one is stopped
+    or out of reach, the others would wait for ever.
+    """
+    while time.monotonic() - last_sign < seconds:
+        time.sleep(min(1, seconds / 4))
+    complain(f"got no further for {seconds:g} s, another process hangs or is out of reach; {kept}")
+    os._exit(1)
 
 
 def complain(message):
@@ -153,7 +190,12 @@ def parse_args(doc, argv=None):
         "V_Rand (default: loss)",
     )
     add("--epochs", type=number(int, 1), default=40, help="train up to this epoch (default: 40)")
-    add("--repeat", type=number(int, 1), default=8, help="times an epoch sees each slice (8)")
+    add(
+        "--repeat",
+        type=number(int, 1, maximum=1e4),
+        default=8,
+        help="times an epoch sees each slice (8)",
+    )
     add("--batch_size", type=number(int, 1), default=4, help="crops a step and device (4)")
     add("--lr", type=number(float, 0, above=True), default=1e-3, help="Adam's step size (0.001)")
     add(
@@ -164,7 +206,7 @@ def parse_args(doc, argv=None):
     )
     add(
         "--base_channels",
-        type=number(int, 1),
+        type=number(int, 1, maximum=1024),
         help="channels of the first level (default: 64 on a GPU, 16 on a CPU)",
     )
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
@@ -191,7 +233,12 @@ def parse_args(doc, argv=None):
     )
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--num_workers", type=number(int, 0), default=0, help="processes that read slices (0)")
+    add(
+        "--num_workers",
+        type=number(int, 0, maximum=64),
+        default=0,
+        help="processes that read slices (0)",
+    )
     add(
         "--checkpoint_dir",
         "--checkpoint",
@@ -205,14 +252,22 @@ def parse_args(doc, argv=None):
         help="a loss a line; more goes into the .csv beside it (Unet_train.txt)",
     )
     add_cpu_kernels(parser)
+    add(
+        "--rank_timeout",
+        type=number(float, 0, above=True),
+        default=1800.0,
+        metavar="S",
+        help="of several processes, end one that got no further for S seconds (1800)",
+    )
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
         if Path(args.resume).is_dir():
             raise InputError(f"{args.resume}: a folder can't be resumed, only predicted with")
-        saved = load_checkpoint(args.resume)[2].get("arguments")
+        tensors, _, metadata = load_checkpoint(args.resume)
+        saved = metadata.get("arguments")
         if not isinstance(saved, dict):
-            saved = {}
+            raise InputError(f"{args.resume}: holds weights only, too little to go on from")
         said = {word.split("=")[0] for word in argv}
         for name in PATHS:
             unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
@@ -221,6 +276,13 @@ def parse_args(doc, argv=None):
                     f"{args.resume}: was made with --{name} {saved[name]}, pass --{name}"
                 )
         args = parser.parse_args(as_flags(saved, args) + argv)
+        *_, bilinear, base_channels = architecture(args.resume, tensors)
+        args.base_channels = args.base_channels or base_channels
+        if (bilinear, base_channels) != (args.bilinear, args.base_channels):
+            raise InputError(
+                f"{args.resume}: a net of {base_channels} base channels"
+                f"{', bilinear' * bilinear}; leave --base_channels and --bilinear as they were"
+            )
     if args.crop and args.crop < 2 * MIN_SIDE:
         raise InputError(f"--crop {args.crop} is neither 0 nor {2 * MIN_SIDE} or more")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):
@@ -280,15 +342,19 @@ def check_output(path):
 def start(args):
     """Check the arguments against the machine, seed, say what will run; returns the device.
 
-    Sets args.base_channels where it was left open. Raises InputError.
+    Sets args.processes, and args.base_channels where it was left open. Raises InputError.
     """
     device = pick_device(args.device)
+    args.processes = WORLD_SIZE
     if args.base_channels is None:
         args.base_channels = 64 if device == "cuda" else 16
         if device == "cpu" and RANK == 0:
             print("no GPU in use: 16 base channels; --base_channels 64 is the paper's net")
     if RANK == 0:
         print(f"device: {device}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
+    if WORLD_SIZE > 1:
+        got_further()
+        threading.Thread(target=watch, args=(args.rank_timeout,), daemon=True).start()
     seed_epoch(args.seed, 0)  # for the initial weights
     return device
 
@@ -304,7 +370,10 @@ def seed_epoch(seed, epoch):
 
 
 def data_sets(args):
-    """(training set, validation set or None) as the arguments ask. Raises InputError."""
+    """(training set, validation set or None) as the arguments ask; sets args.data_digest.
+
+    Raises InputError, also where the ranks don't have the same slices.
+    """
     if args.data_path == "data/train_image" and not Path(args.data_path).exists():
         raise InputError(
             f"no {args.data_path} here: python3 data/prepare.py isbi (or sample) makes it"
@@ -344,6 +413,11 @@ def data_sets(args):
             f"{args.data_path}: whole slices of {len(shapes)} sizes can't share a batch, "
             "pass --batch_size 1 or --crop N"
         )
+    args.data_digest = train_set.digest
+    for data_set in (train_set, val_set) if val_set else (train_set,):
+        mine = int(data_set.digest[:12], 16)  # exact in float64
+        if sum_over_ranks(mine) != [WORLD_SIZE * mine]:
+            raise InputError(f"{args.data_path}: holds other slices here than for another process")
     if RANK == 0:
         source = Path(args.data_path).parent / "source.txt"  # of data/prepare.py
         if source.is_file() and "synthetic" in source.read_text(errors="replace"):
@@ -394,6 +468,7 @@ def train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch):
                 loss = loss * weight[0].to(device)
             loss = loss.mean()
             value = loss.item()
+            got_further()
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the loss became {value} in epoch {epoch}: try a smaller --lr; "
@@ -439,6 +514,7 @@ def validate(args, net, val_set, criterion, device, epoch):
             wrong = np.mean((logits.numpy()[0, 0] > 0) != interior)
             pixels += criterion(logits, label).mean().item(), wrong
             found = evaluate([probability], [interior], thresholds)
+            got_further()
             cells += found["v_rand"], found["v_info"]
     sums = np.array(sum_over_ranks(*pixels, *cells.ravel())) / len(val_set)
     v_rand, v_info = sums[2:].reshape(cells.shape)
@@ -455,14 +531,18 @@ def validate(args, net, val_set, criterion, device, epoch):
 # ------------------------------------------------------------------------- checkpoints and log
 
 
+def unfinished_file(path):
+    """Where write_whole writes to: always the same, so that killed runs leave one file at most."""
+    return Path(path).with_name(f".{Path(path).name}.new")
+
+
 @contextmanager
 def write_whole(path):
     """A binary file to write to; `path` holds what it held until all is written, then all of it.
 
     That is so even after a crash. If the block raises, `path` stays as it was.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.new")  # one name, so that killed runs leave one at most
+    path, aside = Path(path), unfinished_file(path)
     unfinished.add(aside)
     try:
         with open(aside, "wb") as file:
@@ -470,12 +550,16 @@ def write_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
+    except OSError as error:
+        error.filename = str(path)  # a full disk doesn't say whose
+        raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         unfinished.discard(aside)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
 
 
 def save_checkpoint(path, net, optimizer, args, epoch, best):
@@ -553,11 +637,13 @@ def load_checkpoint(path, trust_pickle=False):
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
     expected = texts.pop("checksum", None)
-    if expected is not None and expected != json.dumps(checksum(tensors, texts)):
+    ours = not {"model", "arguments", "threshold"}.isdisjoint(texts)
+    if (ours or expected) and expected != json.dumps(checksum(tensors, texts)):
         raise InputError(f"{path}: is damaged, what it holds doesn't match its checksum")
     metadata = {}
     for key, text in texts.items():
-        with suppress(ValueError):  # others' metadata, such as PyTorch's format: pt, aren't JSON
+        # Others' metadata, such as PyTorch's format: pt, aren't JSON.
+        with suppress(ValueError, RecursionError):
             metadata[key] = json.loads(text)
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
     return tensors, optimizer, metadata
@@ -566,28 +652,48 @@ def load_checkpoint(path, trust_pickle=False):
 def fill(path, net, tensors):
     """Load a checkpoint's net tensors into the net. Raises InputError where they don't fit."""
     own = net.state_dict()
-    odd = set(own) ^ set(tensors) or {n for n in own if tuple(own[n].shape) != tensors[n].shape}
-    odd = odd or {n for n in own if not np.isfinite(tensors[n]).all()}
+    odd = set(own) ^ set(tensors) or {n for n in own if not alike(own[n], tensors[n])}
+    odd = odd or {n for n in own if n.endswith("running_var") and tensors[n].min() < 0}
     if odd:
         raise InputError(
             f"{path}: doesn't hold this U-Net: {len(odd)} tensors missing, unknown, of another "
-            f"shape or not finite, among them {min(odd)}"
+            f"shape or type, or not finite, among them {min(odd)}"
         )
     # tensor(), not from_numpy(): the array's memory is not ours to keep
     net.load_state_dict({n: flow.tensor(tensors[n], dtype=own[n].dtype) for n in own})
 
 
-def net_of_checkpoint(path, trust_pickle=False):
-    """Rebuild the net that a checkpoint holds -> (net, metadata). Raises InputError.
+def alike(own, tensor):
+    """Whether an array can take the place of a net's tensor: shape, kind of number, finite."""
+    kind = np.floating if own.dtype.is_floating_point else np.integer
+    fits = tuple(own.shape) == tensor.shape and np.issubdtype(tensor.dtype, kind)
+    return fits and bool(np.isfinite(tensor).all())
 
-    Bare weights, such as a PyTorch U-Net's, tell the architecture by their names and shapes.
+
+def architecture(path, tensors):
+    """What UNet() is to be called with for a net's tensors, told by their names and shapes.
+
+    Raises InputError where that is no net, or one so much larger than the file that it can't be
+    its: who asks for terabytes should have sent some.
+    """
+    try:
+        base_channels, n_channels = tensors["inc.double_conv.0.weight"].shape[:2]
+        n_classes = tensors["outc.conv.weight"].shape[0]
+        deepest = tensors["down4.maxpool_conv.1.double_conv.3.weight"]
+    except (KeyError, IndexError, ValueError):
+        raise InputError(f"{path}: doesn't hold a U-Net's weights") from None
+    if not base_channels * n_channels * n_classes or deepest.size < 9 * (8 * base_channels) ** 2:
+        raise InputError(f"{path}: doesn't hold a U-Net's weights")
+    return n_channels, n_classes, "up1.up.weight" not in tensors, base_channels
+
+
+def net_of_checkpoint(path, trust_pickle=False):
+    """Rebuild the net that a checkpoint, or bare weights, hold -> (net, metadata).
+
+    Raises InputError.
     """
     tensors, _, metadata = load_checkpoint(path, trust_pickle)
-    try:
-        first, last = tensors["inc.double_conv.0.weight"], tensors["outc.conv.weight"]
-        net = UNet(first.shape[1], last.shape[0], "up1.up.weight" not in tensors, first.shape[0])
-    except (KeyError, IndexError):
-        raise InputError(f"{path}: doesn't hold a U-Net's weights") from None
+    net = UNet(*architecture(path, tensors))
     fill(path, net, tensors)
     return net, metadata
 
@@ -601,19 +707,31 @@ def resume(args, net, optimizer):
         return 1, None
     tensors, moments, metadata = load_checkpoint(args.resume)
     if not moments or "optimizer_step" not in metadata:
-        raise InputError(f"{args.resume}: holds weights only, which is not enough to go on from")
+        raise InputError(f"{args.resume}: holds weights only, too little to go on from")
     fill(args.resume, net, tensors)
+    step, epoch, best = (metadata.get(key) for key in ("optimizer_step", "epoch", "best"))
     state = optimizer.state_dict()
-    try:
-        for index, (name, _) in enumerate(net.named_parameters()):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                values = moments[f"optimizer.{moment}.{name}"]
-                state["state"][index][moment] = flow.tensor(values)
-        state["state"]["step"] = metadata["optimizer_step"]
-        epoch, best = metadata["epoch"], metadata["best"]
-    except KeyError as error:
-        raise InputError(f"{args.resume}: lacks {error}, which resuming needs") from None
+    for index, (name, parameter) in enumerate(net.named_parameters()):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            values = moments.get(f"optimizer.{moment}.{name}")
+            if values is None or not alike(parameter, values):
+                raise InputError(f"{args.resume}: its {moment} of {name} is missing or damaged")
+            state["state"][index][moment] = flow.tensor(values)
+    try:  # whatever a stranger wrote there
+        sound = isinstance(step, int) and 0 <= step < 2**31 and isinstance(epoch, int) and epoch > 0
+        if best is not None:
+            sound &= isinstance(best["by"], str) and isinstance(best["epoch"], int)
+            sound &= math.isfinite(best["loss"]) and 0 <= best.get("threshold", 0.5) <= 1
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{args.resume}: its optimizer_step, epoch or best make no sense")
+    state["state"]["step"] = step
     optimizer.load_state_dict(state)
+    saved = metadata.get("arguments") or {}
+    for name, what in (("data_digest", "slices"), ("processes", "number of processes")):
+        if RANK == 0 and saved.get(name) not in (None, getattr(args, name)):
+            print(f"other {what} than {args.resume} was trained with: not the same run any more")
     global kept
     kept = f"nothing new was finished, {args.resume} is as it was"
     if RANK == 0:
@@ -645,6 +763,8 @@ def start_log(args, first_epoch):
     for path in (log, table):
         check_output(path)
     make_folder(Path(args.checkpoint_dir))
+    for path in (log, table, last, last.with_name("best.safetensors")):
+        unfinished_file(path).unlink(missing_ok=True)  # of a run that was killed
     if first_epoch > 1 and log.exists() and table.exists():
         with table.open() as file:  # an older table has other columns
             rows = [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
@@ -657,11 +777,18 @@ def start_log(args, first_epoch):
 
 
 def append(path, line):
-    """Add one line to a file, on the disk when this returns."""
-    with open(path, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line to a file, on the disk when this returns. On a full disk it adds nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            data = f"{line}\n".encode()
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            error.filename = str(path)
+            raise
 
 
 def finish_epoch(args, net, optimizer, epoch, best, trained, scores):

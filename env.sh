@@ -86,7 +86,7 @@ unet_make() {
     unet_say "making .venv with $python ($("$python" --version)), a few minutes and 5 GB"
     rm -rf .venv
     if ! "$python" -m venv .venv || ! .venv/bin/python -m pip install \
-        --disable-pip-version-check --no-deps -r requirements.txt >&2; then
+        --disable-pip-version-check --no-deps --require-hashes -r requirements.txt >&2; then
         unet_say "making .venv failed, see above (network? disk space?), then run this again"
         return 1
     fi

@@ -76,3 +76,7 @@ def launch(path, *args, cwd, processes=2):
 def one_line(text):
     """Whether an error message is what the README promises: one line, no traceback."""
     return text.count("\n") == 1 and text.endswith("\n") and "Traceback" not in text
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="try what is random much more often")

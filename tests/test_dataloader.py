@@ -176,7 +176,7 @@ def test_unusable_folders(tmp_path, slices):
     for path, said in ((tmp_path / "nowhere", "no such"), (tmp_path / "empty_image", "no image")):
         with pytest.raises(InputError, match=said):
             list_slices(path)
-    with pytest.raises(InputError, match="crop of 49"):
+    with pytest.raises(InputError, match="crop 49"):
         SelfDataSet(slices, crop=49)
     with pytest.raises(InputError, match="--label_path"):
         SelfDataSet(slices / "0.png")

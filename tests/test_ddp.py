@@ -1,17 +1,19 @@
 """Data parallel training with real processes: python3 -m pytest tests/test_ddp.py"""
 
+import shutil
 import signal
+import socket
 import subprocess
 import time
 
-from conftest import ROOT, launch, launch_command, script, train
+from conftest import ROOT, launch, launch_command, one_line, script, train
 from test_training import assert_same_checkpoint, metadata_of, rows_of
 
 import numpy as np
 import pytest
 
 # ddp_train.py under watch: every rank writes down its weights after each epoch and what it adds to
-# the sums over the ranks; WHAT says what goes wrong on rank 1 in the second epoch.
+# the sums over the ranks; WHAT says what goes wrong on rank WHO in the second epoch.
 DRIVER = """
 import os, signal, time
 import numpy as np
@@ -23,13 +25,13 @@ sums = []
 def watched_finish(args, net, optimizer, epoch, *rest):
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
     np.savez(f"rank{engine.RANK}-epoch{epoch}.npz", sums=sums, **state)
-    if engine.RANK == 1 and epoch == 2 and WHAT:
+    if engine.RANK == WHO and epoch == 2 and WHAT:
         open("failed", "w").write(str(time.time()))
         if WHAT == "raise":
             raise RuntimeError("rank 1 has had enough")
         if WHAT == "exit":
             raise SystemExit(3)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if WHAT == "stop" else signal.SIGKILL)
     best = finish(args, net, optimizer, epoch, *rest)
     open(f"rank{engine.RANK}-best", "w").write(str(best))
     return best
@@ -43,9 +45,9 @@ engine.run(lambda: ddp_train.Train_Unet(engine.parse_args(ddp_train.__doc__)))
 """
 
 
-def run_driver(tmp_path, what, *flags):
+def run_driver(tmp_path, what, *flags, who=1):
     driver = tmp_path / "driver.py"
-    driver.write_text(f"WHAT = {what!r}\n{DRIVER}")
+    driver.write_text(f"WHAT, WHO = {what!r}, {who}\n{DRIVER}")
     return launch(driver, *flags, cwd=tmp_path)
 
 
@@ -62,9 +64,10 @@ def test_two_processes_train_one_net(slices, tmp_path):
             np.testing.assert_array_equal(ranks[0][name], ranks[1][name], err_msg=name)
     best = [(tmp_path / f"rank{rank}-best").read_text() for rank in range(2)]
     assert best[0] == best[1] and "val_v_rand" in best[0]
-    # An epoch adds up (loss, samples), then validation (loss, error, V_Rand at 9 thresholds and
-    # V_Info) over the ranks; the one slice is rank 0's.
-    sums = ranks[0]["sums"] + ranks[1]["sums"]
+    # The digests of the slices are added up over the ranks first. An epoch adds up (loss, samples),
+    # then validation (loss, error, V_Rand at 9 thresholds and V_Info); the one slice is rank 0's.
+    assert np.array_equal(ranks[0]["sums"][:2], ranks[1]["sums"][:2])
+    sums = (ranks[0]["sums"] + ranks[1]["sums"])[2:]
     assert not np.array_equal(ranks[0]["sums"], ranks[1]["sums"])
     rows = rows_of(tmp_path / "Unet_train.csv")
     for epoch, row in enumerate(rows):
@@ -108,22 +111,29 @@ def test_resume_is_exact(slices, tmp_path):
     assert_same_checkpoint(tmp_path / "whole" / last, tmp_path / "parts" / last)
 
 
-@pytest.mark.parametrize("what", ["raise", "exit", "kill"])
-def test_a_failing_rank_ends_the_job(what, slices, tmp_path):
-    """A rank that fails ends the job with a non-zero code within 30 s; nobody is left behind."""
-    done = run_driver(tmp_path, what, "--epochs", 1000)
+@pytest.mark.parametrize(
+    "what, who", [("raise", 1), ("exit", 1), ("kill", 0), ("kill", 1), ("stop", 0), ("stop", 1)]
+)
+def test_a_failing_rank_ends_the_job(what, who, slices, tmp_path):
+    """A rank that fails or answers no more ends the job within 30 s; nobody is left behind.
+
+    OneFlow waits for a stopped rank for ever: there the time-out, 5 s here, ends the job.
+    """
+    done = run_driver(tmp_path, what, "--epochs", 1000, "--rank_timeout", 5, who=who)
     seconds = time.time() - float((tmp_path / "failed").read_text())
     assert done.returncode != 0
     assert seconds < 30
     if what == "raise":
         assert "driver.py (rank 1)" in done.stderr and "rank 1 has had enough" in done.stderr
+    if what == "stop":
+        assert "got no further for 5 s, another process hangs or is out of reach" in done.stderr
     time.sleep(1)
     left = subprocess.run(["pgrep", "-f", tmp_path / "driver.py"], capture_output=True)
     assert left.stdout == b""
     assert metadata_of(tmp_path / "checkpoints/last.safetensors")["epoch"] in (2, 3)
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ending_the_launcher_ends_the_ranks(end, slices, tmp_path):
     """Nobody goes on training when the launcher is ended, though it doesn't lead its group."""
     script = tmp_path / "ddp_train.py"
@@ -146,3 +156,54 @@ def test_bad_input_ends_the_job(tmp_path):
     assert done.stderr.count("nowhere_image: no such file") == 1
     plain = script("ddp_train.py", "--device", "cpu", "--data_path", "nowhere_image", cwd=tmp_path)
     assert plain.returncode == 2
+
+
+def test_ranks_with_other_slices_end_the_job(slices, tmp_path):
+    """A rank whose folder holds fewer slices, or other pixels, ends the job before it starts."""
+    for case in ("fewer", "other"):
+        shutil.copytree(tmp_path / "data", tmp_path / case)
+        path = tmp_path / case / "train_image/5.png"
+        if case == "fewer":
+            path.unlink()
+        else:
+            shutil.copy(tmp_path / "data/train_image/4.png", path)
+        driver = tmp_path / "driver.py"
+        driver.write_text(
+            "import sys, engine, ddp_train\n"
+            f"sys.argv += ['--data_path', ('data', {case!r})[engine.RANK] + '/train_image']\n"
+            "engine.run(lambda: ddp_train.Train_Unet(engine.parse_args('')))\n"
+        )
+        done = launch(driver, cwd=tmp_path)
+        assert done.returncode != 0
+        assert "holds other slices here than for another process" in done.stderr
+        assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_port_in_use_ends_the_job(slices, tmp_path):
+    """Another job on the same port: it ends with a message, a non-zero code, in bounded time."""
+    command = launch_command(ROOT / "ddp_train.py", "--epochs", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command[command.index("--master_port") + 1] = str(taken.getsockname()[1])
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "another --master_port" in done.stderr, done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_resuming_otherwise_is_said(slices, tmp_path):
+    """Another number of processes or other slices are said; another net is refused."""
+    train("--epochs", 1, cwd=tmp_path)
+    again = ("--resume", "checkpoints/last.safetensors", "--epochs", 2)
+    done = launch(ROOT / "ddp_train.py", *again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("other number of processes than checkpoints/last.safetensors") == 1
+    (slices / "5.png").unlink()
+    done = script("TrainUnetDataSet.py", "--device", "cpu", *again[:-1], 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("other slices than checkpoints/last.safetensors") == 1
+    for flags in (("--base_channels", 8), ("--bilinear",)):
+        done = script("TrainUnetDataSet.py", "--device", "cpu", *again, *flags, cwd=tmp_path)
+        assert done.returncode == 2 and one_line(done.stderr)
+        assert "a net of 4 base channels" in done.stderr

@@ -1,0 +1,278 @@
+"""Runs that are killed, disks that are full: python3 -m pytest tests/test_crash.py [--long]"""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import engine
+from conftest import ROOT, SMALL, launch_command, one_line
+from test_training import assert_same_checkpoint, rows_of
+
+import numpy as np
+import pytest
+
+FOLDER = "checkpoints"
+LAST, BEST = f"{FOLDER}/last.safetensors", f"{FOLDER}/best.safetensors"
+UNFINISHED = [f"{FOLDER}/.last.safetensors.new", f"{FOLDER}/.best.safetensors.new"]
+# Augmentation, border weights, schedule and CPU kernels are on by default.
+FLAGS = ("--crop", 32, "--val_count", 2, "--batch_size", 2, "--val_every", 3)
+
+
+def command_of(processes, *flags):
+    flags = (*FLAGS, *flags)
+    if processes > 1:
+        return launch_command(ROOT / "ddp_train.py", *flags, processes=processes)
+    return [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, *map(str, flags)]
+
+
+def processes_in(folder):
+    """The pids of all Python processes that work in the folder, as /proc has them."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{name}/cwd") == str(folder) and int(name) != os.getpid():
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def check_what_is_left(folder):
+    """Both checkpoints load, the log and the table hold whole lines, nothing piles up."""
+    kept = {path.name for path in (folder / FOLDER).iterdir()}
+    unfinished = {path for path in kept if path.startswith(".")}
+    assert kept - unfinished <= {"last.safetensors", "best.safetensors"}
+    assert unfinished <= {".last.safetensors.new", ".best.safetensors.new"}
+    done = 0
+    for name in (LAST, BEST):
+        if (folder / name).exists():
+            metadata = engine.net_of_checkpoint(folder / name)[1]
+            done = max(done, metadata["epoch"] - 1) if name == LAST else done
+    log = (folder / "Unet_train.txt").read_text()
+    assert all(len(line) == 6 and float(line) for line in log.splitlines())
+    assert log == "" or log.endswith("\n")
+    with open(folder / "Unet_train.csv") as file:
+        rows = list(csv.reader(file))
+    assert all(len(row) == len(engine.COLUMNS) for row in rows)
+    assert log.count("\n") - done in (0, 1)
+    return done, len(unfinished)
+
+
+def kill_and_resume(folder, kills, processes, *flags):
+    """Kill -9 and resume again and again; the times that a file was being written."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(kills):
+        # Alternately at any moment from the start on, among the epochs, and in a write.
+        again = ("--resume", LAST) if (folder / LAST).exists() else ()
+        command = command_of(processes, *flags, *again, "--num_workers", i % 2)
+        with open(folder / "output.txt", "w+") as output:
+            run = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
+            wanted = (None, "epoch: ", "epoch: ")[i % 3]
+            while wanted and wanted not in (folder / "output.txt").read_text():
+                assert run.poll() is None, (folder / "output.txt").read_text()
+                time.sleep(0.01)
+            if i % 3 == 2:
+                waiting = [os.path.join(folder, name) for name in UNFINISHED]
+                until = time.monotonic() + 30
+                while not any(map(os.path.exists, waiting)) and time.monotonic() < until:
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.003))
+            else:
+                time.sleep(rng.uniform(0, 1 if wanted else 4))
+            run.kill()
+            run.wait()
+        until = time.monotonic() + 30
+        while processes_in(folder):  # workers and ranks go with it
+            assert time.monotonic() < until, "processes are left behind"
+            time.sleep(0.05)
+        if (folder / FOLDER).exists():
+            hits += check_what_is_left(folder)[1]
+    return hits
+
+
+def kills_of(request, short, long):
+    return long if request.config.getoption("--long") else short
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_the_same_run(processes, slices, tmp_path, request):
+    """kill -9 at random moments: nothing is lost but the current epoch, the end is the same bits.
+
+    5 kills, 100 with --long (2 and 20 of two data parallel processes).
+    """
+    kills = kills_of(request, 5, 100) if processes == 1 else kills_of(request, 2, 20)
+    flags = ("--data_path", slices, "--epochs", 6 * kills, "--best_by", "v_rand")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    done = subprocess.run(command_of(processes, *flags), cwd=whole, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hits = kill_and_resume(parts, kills, processes, *flags)
+    reached = check_what_is_left(parts)[0]
+    print(f"{kills} kills, {hits} files found half-written, {reached} epochs reached")
+    again = ("--resume", LAST) if (parts / LAST).exists() else ()
+    done = subprocess.run(
+        command_of(processes, *flags, *again), cwd=parts, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in (LAST, BEST):
+        assert_same_checkpoint(whole / name, parts / name)
+    assert (whole / "Unet_train.txt").read_text() == (parts / "Unet_train.txt").read_text()
+    assert rows_of(whole / "Unet_train.csv") == rows_of(parts / "Unet_train.csv")
+    assert {path.name for path in (parts / FOLDER).iterdir()} == {
+        "last.safetensors",
+        "best.safetensors",
+    }
+
+
+def test_an_interrupt_at_any_moment(slices, tmp_path, request):
+    """Ctrl-C from half a second after the start on: 130, one line or none, nobody left behind.
+
+    6 times, 60 with --long; the scripts take turns. The first fraction of a second is Python's.
+    """
+    rng = np.random.default_rng(0)
+    said = 0
+    for i in range(kills_of(request, 6, 60)):
+        command = command_of(1, "--data_path", slices, "--epochs", 10_000, "--num_workers", i % 2)
+        if i % 3 == 2:
+            command = [sys.executable, ROOT / "predict_unet_test.py", "--tta", "--device", "cpu"]
+            command += ["--Test_Data_path", slices, "--cells"]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        time.sleep(rng.uniform(0.5, 8))
+        ended = process.poll() is not None  # predicting may be done
+        if not ended:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=30)
+        # -2: ended by the signal itself, which a shell calls 130 too
+        assert process.returncode in ((0,) if ended else (130, -2)), errors
+        assert re.fullmatch(r"(\ninterrupted: .*\n)?", errors)
+        said += errors != ""
+        until = time.monotonic() + 10
+        while processes_in(tmp_path):
+            assert time.monotonic() < until, "processes are left behind"
+            time.sleep(0.05)
+    assert said
+
+
+# The loop of TrainUnetDataSet.py on a small net; prints the memory in use, kB, every 100 steps.
+STEPS = """
+import sys
+import engine
+from cpu_kernels import accelerate
+from unet import UNet
+import numpy as np
+import oneflow as flow
+from oneflow import nn, optim
+
+def memory():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+args = engine.parse_args("", ["--schedule", "constant"])
+net = UNet(1, 1, bilinear=False, base_channels=2)
+if sys.argv[2] == "ours":
+    accelerate(net)
+optimizer = optim.Adam(net.parameters(), lr=1e-3)
+criterion = nn.BCEWithLogitsLoss(reduction="none")
+schedule = engine.learning_rate_schedule(args, optimizer, 100, 1)
+image = flow.tensor(np.random.default_rng(0).normal(size=(2, 1, 32, 32)).astype(np.float32))
+label = (image > 0).to(flow.float32)
+for i in range(int(sys.argv[1]) // 100):
+    if sys.argv[2] == "ours":
+        loader = [(image, label)] * 100
+        engine.train_one_epoch(net, loader, criterion, optimizer, schedule, "cpu", 1)
+    else:
+        for _ in range(100):
+            criterion(net(image), label).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    print(memory(), flush=True)
+"""
+
+
+def test_a_long_run_needs_no_more_memory(request):
+    """2000 steps, 600 without --long: what grows is OneFlow's own, as in a loop without us."""
+    steps = kills_of(request, 600, 2000)
+    grown = {}
+    for whose in ("ours", "bare"):
+        command = [sys.executable, "-c", STEPS, str(steps), whose]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        memory = list(map(int, done.stdout.split()))
+        grown[whose] = (memory[-1] - memory[1]) / (steps - 200)
+    print("; ".join(f"{whose}: {kb:.2f} kB a step" for whose, kb in grown.items()))
+    assert grown["ours"] < grown["bare"] + 1
+
+
+def on_small_disk(folder, megabytes, command):
+    """Run a shell command in the folder, with a disk of its own under it, `small`."""
+    (folder / "small").mkdir()
+    mount = f"mount -t tmpfs -o size={megabytes}m none small"
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here, so no small disk")
+    command = [*words, f"{mount} && {command}", "sh"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def train_on(disk, *flags):
+    words = (*command_of(1, *flags), "--checkpoint_dir", disk, "--log_file", f"{disk}/log.txt")
+    return " ".join(f"'{word}'" for word in words)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(slices, tmp_path):
+    """No room for the next checkpoint: exit 1, a line that names it, those before are whole."""
+    training = train_on("small", "--epochs", 50)
+    done = on_small_disk(tmp_path, 4, f"{{ {training}; code=$?; cp -r small kept; exit $code; }}")
+    assert done.returncode == 1, done.stderr
+    assert one_line(done.stderr) and "small/" in done.stderr and "No space left" in done.stderr
+    assert "go on with --resume small/last.safetensors" in done.stderr
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {"last.safetensors", "best.safetensors", "log.txt", "log.csv"}
+    done = engine.net_of_checkpoint(tmp_path / "kept/last.safetensors")[1]["epoch"] - 1
+    engine.net_of_checkpoint(tmp_path / "kept/best.safetensors")
+    assert (tmp_path / "kept/log.txt").read_text().count("\n") - done in (0, 1)
+
+
+def test_a_full_disk_tears_no_line(tmp_path):
+    """A line of the log that finds room for its first half only is not begun."""
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import engine
+open("small/log", "w").write("0.1234\\n" * 585)  # a byte short of a page of 4096
+try:
+    open("small/rest", "wb", buffering=0).write(bytes(2**20))
+    engine.append("small/log", "0.5678")
+except OSError as error:
+    text = open("small/log").read()
+    print(error.filename, text == "0.1234\\n" * 585)
+"""
+    (tmp_path / "fill.py").write_text(script)
+    done = on_small_disk(tmp_path, 1, f"'{sys.executable}' fill.py")
+    assert done.stdout == "small/log True\n", done.stderr
+
+
+def test_a_read_only_folder_is_said_before_the_work(slices, tmp_path):
+    """Where nothing can be written: exit 2 at once, one line that names the folder."""
+    predicting = (
+        f"'{sys.executable}' '{ROOT}/predict_unet_test.py' --Test_Data_path data/train_image"
+    )
+    for i, command in enumerate((train_on("small"), f"{predicting} --save_res_path small")):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "data").symlink_to(tmp_path / "data")
+        done = on_small_disk(folder, 1, f"mount -o remount,ro small && {command}")
+        assert done.returncode == 2 and one_line(done.stderr), done.stderr
+        assert "small: can't be written to" in done.stderr
