@@ -3,6 +3,7 @@
 #
 #     bash tests/run.sh
 #     bash tests/run.sh -k resume
+#     bash tests/run.sh --long      # what is random much more often, about an hour
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./env.sh
