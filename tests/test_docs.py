@@ -52,7 +52,7 @@ def test_flags_are_those_of_help():
     assert all(done.returncode == 0 for done in helps.values())
     existing = {f for done in helps.values() for f in flag.findall(done.stdout)} - {"--help"}
     existing |= set(flag.findall(script("data/prepare.py", "isbi", "--help", cwd=ROOT).stdout))
-    others = {"--nproc_per_node", "--master_port", "--long", "--help"}  # launcher's, pytest's, all's
+    others = {"--nproc_per_node", "--master_port", "--long", "--help"}  # not the scripts' own
     for name in BENCHMARKS:
         others |= set(flag.findall(script(name, "--help", cwd=ROOT).stdout))
     assert set(flag.findall(README)) <= existing | others
