@@ -14,6 +14,11 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+# Importing OneFlow installs a C handler with which Ctrl-C ends in a segmentation fault: keep Ctrl-C
+# waiting until that is over, in NumPy's threads too, which begin here and inherit what is blocked.
+handler = signal.getsignal(signal.SIGINT)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
 import cv2
 import numpy as np
 
@@ -33,18 +38,16 @@ def quiet_stderr():
 
 
 # All scripts import this module before oneflow, so that none of them starts with its warnings
-# about CUDA and InfiniBand, which a machine without them doesn't need. The import also installs a C
-# handler with which Ctrl-C ends in a segmentation fault: keep Ctrl-C waiting, then Python's own.
-handler = signal.getsignal(signal.SIGINT)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+# about CUDA and InfiniBand, which a machine without them doesn't need.
 with quiet_stderr():
     from oneflow.utils.data import Dataset
-signal.signal(signal.SIGINT, handler)
+signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
 SUFFIXES = {".png", ".tif", ".tiff"}
+LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no slice
 KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
 AUGMENTATIONS = ("flip", "rotate", "elastic")
 
@@ -82,7 +85,7 @@ def list_slices(path):
     for file in files:
         try:
             str(file).encode()
-            pages = count_pages(file) if file.suffix.lower() != ".png" else 1
+            pages = count_pages(file)
         except UnicodeEncodeError:  # OpenCV would crash on it
             raise InputError(f"{file}: is no UTF-8 name, rename the file or its folder") from None
         except OSError:
@@ -103,7 +106,8 @@ def count_pages(file):
     """The number of pages of a TIFF, 1 for any other file: what its chain of directories says.
 
     Counted here, since libtiff counts a chain that leads beyond the end of the file as one that
-    ends there, and slices would be missing in silence. Raises InputError for such a file.
+    ends there, and slices would be missing in silence. Raises InputError for such a file, and for
+    an ImageJ stack whose slices lie behind its only page.
     """
     damaged = InputError(f"{file}: is damaged or cut off, its pages can't be counted")
     with open(file, "rb") as tiff:
@@ -130,14 +134,19 @@ def count_pages(file):
             seen.add(directory)
             entries = number(directory, count_bytes)
             directory = number(directory + count_bytes + entries * entry_bytes, offset_bytes)
+        tiff.seek(0)
+        said = re.search(rb"ImageJ=[^\0]*\nimages=(\d+)", tiff.read(2**16))
+        if said and int(said[1]) > len(seen):  # ImageJ's own way past 4 GB
+            raise InputError(f"{file}: has its slices in one page, save it as a folder of images")
     return len(seen)
 
 
 def read_slice(file, page=0):
-    """One slice as a grey array (H, W) of the file's own depth: uint8, uint16 or float32.
+    """One slice as a grey array (H, W) of the file's own type: integers to 32 bit, or floats.
 
-    Colour is turned to grey. Raises InputError when the file can't be read as an image or holds
-    values that are not finite. Training, validation and prediction read through this function.
+    Colour is turned to grey. Raises InputError when the file can't be read as an image, holds
+    values that are not finite or beyond 1e30, or unpacks to what no micrograph is. Training,
+    validation and prediction read through this function.
     """
     try:
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
@@ -146,10 +155,16 @@ def read_slice(file, page=0):
     except cv2.error:  # among others: more pixels than OpenCV accepts
         ok = False
     if not ok:
-        raise InputError(f"{file}: can't be read as an image, is it a whole PNG or TIFF file?")
-    if not np.isfinite(pages[0]).all():
-        raise InputError(f"{file}: holds values that are not finite")
-    return pages[0]
+        raise InputError(
+            f"{file}: can't be read as an image, is it a whole PNG or TIFF file, and one of "
+            "8 or 16 bit or of 32 bit floats?"
+        )
+    image = pages[0]
+    if image.size > max(LARGE, 500 * Path(file).stat().st_size):
+        raise InputError(f"{file}: unpacks to {image.size} pixels of nothing, it is no micrograph")
+    if not (image.min() > -1e30 and image.max() < 1e30):  # nor is NaN
+        raise InputError(f"{file}: holds values that are not finite, or beyond 1e30")
+    return image
 
 
 def normalise(image):
@@ -159,7 +174,8 @@ def normalise(image):
     A constant slice becomes zeros.
     """
     image = image.astype(np.float32)
-    return (image - image.mean()) / max(float(image.std()), 1e-6)
+    mean, deviation = image.mean(dtype=np.float64), image.std(dtype=np.float64)
+    return (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
 
 
 def augment(maps, rng, kinds, crop=None):

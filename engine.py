@@ -16,7 +16,7 @@ import sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK") == "0":
         try:
             socket.create_server(("", int(os.environ["MASTER_PORT"]))).close()
         except OSError as error:
@@ -27,6 +27,7 @@ if int(os.environ.get("WORLD_SIZE", 1)) > 1:
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import math
@@ -48,6 +49,8 @@ from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
 
 MAIN_PROCESS = os.getpid()
+last_sign = time.monotonic()  # when this rank last got further: watch() looks at it
+locked = None  # the descriptor that locks the folder of checkpoints
 RANK = flow.env.get_rank()
 WORLD_SIZE = flow.env.get_world_size()
 
@@ -88,12 +91,19 @@ def run(main):
         complain(f"{error.filename or 'a file'}: {error.strerror or error}; {kept}")
     except InputError as error:
         code = 2
-        complain(error)
+        text = str(error)
+        if "\nOriginal Traceback" in text:  # one of a DataLoader's workers raised it
+            text = text.rstrip().rpartition("\n")[2].removeprefix("dataloader.InputError: ")
+        # Files from strangers must not break the line, or colour the terminal.
+        complain("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
     except Exception:
         code = 1
         complain(traceback.format_exc())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, or `| head`: what is left to print would raise again
+        complain(f"output: {error.strerror}")
+        os._exit(code or 1)
     if WORLD_SIZE > 1 and code:
         os._exit(code)
     sys.exit(code)
@@ -109,7 +119,7 @@ def interrupt(signum, _):
         for path in unfinished:
             path.unlink(missing_ok=True)
         if RANK == 0:
-            os.write(2, f"\ninterrupted: {kept}\n".encode())  # print() may be at work already
+            os.write(2, os.fsencode(f"\ninterrupted: {kept}\n"))  # print() may be at work already
         os._exit(128 + signum)
     if signum == signal.SIGTERM:  # a DataLoader's worker, which ends with us after Ctrl-C
         os._exit(0)
@@ -151,12 +161,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind, minimum, above=False, maximum=math.inf):
+def number(kind, minimum, above=False, maximum=None):
     """An argparse type: a finite int or float from `minimum` (or above it) to `maximum`."""
+    if maximum is None:
+        maximum = 2**31 - 1 if kind is int else sys.float_info.max
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
+        if not value >= minimum or (above and value == minimum):
             bound = f"above {minimum}" if above else f"{minimum} or more"
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         if value > maximum:
@@ -167,6 +179,13 @@ def number(kind, minimum, above=False, maximum=math.inf):
     return parse
 
 
+def given_path(text):
+    """An argparse type: a path, which an unset variable of a shell isn't."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def parse_args(doc, argv=None):
     """The training scripts' flags; `doc` is the script's docstring. Raises InputError.
 
@@ -174,10 +193,22 @@ def parse_args(doc, argv=None):
     """
     parser = Parser(doc)
     add = parser.add_argument
-    add("--data_path", default="data/train_image", help="folder or TIFF stack of training slices")
-    add("--label_path", help="their labels (default: data_path with label for image)")
+    default = "data/train_image"
+    add(
+        "--data_path",
+        type=given_path,
+        default=default,
+        help="folder or TIFF stack of training slices",
+    )
+    add(
+        "--label_path",
+        type=given_path,
+        help="their labels (default: data_path with label for image)",
+    )
     held_out = parser.add_mutually_exclusive_group()
-    held_out.add_argument("--val_path", help="folder or stack of validation slices")
+    held_out.add_argument(
+        "--val_path", type=given_path, help="folder or stack of validation slices"
+    )
     held_out.add_argument(
         "--val_count", type=number(int, 0), default=0, help="hold out the last N training slices"
     )
@@ -242,12 +273,19 @@ def parse_args(doc, argv=None):
     add(
         "--checkpoint_dir",
         "--checkpoint",
+        type=given_path,
         default="checkpoints",
         help="folder for last.safetensors and best.safetensors (checkpoints)",
     )
-    add("--resume", metavar="FILE", help="go on from this checkpoint, with its arguments")
+    add(
+        "--resume",
+        type=given_path,
+        metavar="FILE",
+        help="go on from this checkpoint, with its arguments",
+    )
     add(
         "--log_file",
+        type=given_path,
         default="Unet_train.txt",
         help="a loss a line; more goes into the .csv beside it (Unet_train.txt)",
     )
@@ -301,9 +339,6 @@ def add_cpu_kernels(parser):
 
 def as_flags(saved, given):
     """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
-    if "repeat" not in saved:  # made before these flags, when they had no other values
-        saved = {"repeat": 1, "schedule": "constant", "border_weight": 0, "val_every": 1, **saved}
-        saved["crop"] = saved.get("crop") or 0
     names = RESUMED if given.val_path else (*RESUMED, "val_count")
     flags = ["--bilinear"] if saved.get("bilinear") is True else []
     for name in names:
@@ -352,9 +387,6 @@ def start(args):
             print("no GPU in use: 16 base channels; --base_channels 64 is the paper's net")
     if RANK == 0:
         print(f"device: {device}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
-    if WORLD_SIZE > 1:
-        got_further()
-        threading.Thread(target=watch, args=(args.rank_timeout,), daemon=True).start()
     seed_epoch(args.seed, 0)  # for the initial weights
     return device
 
@@ -413,11 +445,13 @@ def data_sets(args):
             f"{args.data_path}: whole slices of {len(shapes)} sizes can't share a batch, "
             "pass --batch_size 1 or --crop N"
         )
-    args.data_digest = train_set.digest
-    for data_set in (train_set, val_set) if val_set else (train_set,):
-        mine = int(data_set.digest[:12], 16)  # exact in float64
-        if sum_over_ranks(mine) != [WORLD_SIZE * mine]:
-            raise InputError(f"{args.data_path}: holds other slices here than for another process")
+    if WORLD_SIZE > 1:
+        got_further()
+        threading.Thread(target=watch, args=(args.rank_timeout,), daemon=True).start()
+    args.data_digest = train_set.digest[:8] + (val_set.digest[:8] if val_set else "")
+    mine = int(args.data_digest, 16) % 0x7FFFFFFF  # small enough for exact sums in float64
+    if sum_over_ranks(mine) != [WORLD_SIZE * mine]:
+        raise InputError(f"{args.data_path}: this process has other slices than another one")
     if RANK == 0:
         source = Path(args.data_path).parent / "source.txt"  # of data/prepare.py
         if source.is_file() and "synthetic" in source.read_text(errors="replace"):
@@ -471,8 +505,7 @@ def train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch):
             got_further()
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss became {value} in epoch {epoch}: try a smaller --lr; "
-                    "the checkpoint of the epoch before is kept"
+                    f"the loss became {value} in epoch {epoch}: try a smaller --lr; {kept}"
                 )
             loss.backward()
             optimizer.step()
@@ -665,9 +698,12 @@ def fill(path, net, tensors):
 
 def alike(own, tensor):
     """Whether an array can take the place of a net's tensor: shape, kind of number, finite."""
-    kind = np.floating if own.dtype.is_floating_point else np.integer
-    fits = tuple(own.shape) == tensor.shape and np.issubdtype(tensor.dtype, kind)
-    return fits and bool(np.isfinite(tensor).all())
+    if tuple(own.shape) != tensor.shape:
+        return False
+    if not own.dtype.is_floating_point:
+        return np.issubdtype(tensor.dtype, np.integer)
+    # From beyond 1e30 nothing finite would come.
+    return np.issubdtype(tensor.dtype, np.floating) and bool((np.abs(tensor) < 1e30).all())
 
 
 def architecture(path, tensors):
@@ -679,10 +715,15 @@ def architecture(path, tensors):
     try:
         base_channels, n_channels = tensors["inc.double_conv.0.weight"].shape[:2]
         n_classes = tensors["outc.conv.weight"].shape[0]
-        deepest = tensors["down4.maxpool_conv.1.double_conv.3.weight"]
+        sizes = {
+            "inc.double_conv.0.weight": 9 * base_channels * n_channels,
+            "outc.conv.weight": base_channels * n_classes,
+            "down4.maxpool_conv.1.double_conv.3.weight": 9 * (8 * base_channels) ** 2,
+        }
+        whole = all(tensors[name].size >= max(size, 1) for name, size in sizes.items())
     except (KeyError, IndexError, ValueError):
-        raise InputError(f"{path}: doesn't hold a U-Net's weights") from None
-    if not base_channels * n_channels * n_classes or deepest.size < 9 * (8 * base_channels) ** 2:
+        whole = False
+    if not whole:
         raise InputError(f"{path}: doesn't hold a U-Net's weights")
     return n_channels, n_classes, "up1.up.weight" not in tensors, base_channels
 
@@ -716,22 +757,24 @@ def resume(args, net, optimizer):
             values = moments.get(f"optimizer.{moment}.{name}")
             if values is None or not alike(parameter, values):
                 raise InputError(f"{args.resume}: its {moment} of {name} is missing or damaged")
-            state["state"][index][moment] = flow.tensor(values)
+            state["state"][index][moment] = flow.tensor(values, dtype=parameter.dtype)
     try:  # whatever a stranger wrote there
-        sound = isinstance(step, int) and 0 <= step < 2**31 and isinstance(epoch, int) and epoch > 0
+        sound = type(step) is type(epoch) is int and 0 <= step < 2**31 and 0 < epoch < 2**31
         if best is not None:
             sound &= isinstance(best["by"], str) and isinstance(best["epoch"], int)
             sound &= math.isfinite(best["loss"]) and 0 <= best.get("threshold", 0.5) <= 1
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         sound = False
     if not sound:
         raise InputError(f"{args.resume}: its optimizer_step, epoch or best make no sense")
     state["state"]["step"] = step
     optimizer.load_state_dict(state)
     saved = metadata.get("arguments") or {}
-    for name, what in (("data_digest", "slices"), ("processes", "number of processes")):
-        if RANK == 0 and saved.get(name) not in (None, getattr(args, name)):
-            print(f"other {what} than {args.resume} was trained with: not the same run any more")
+    for name in ("data_digest", "processes", *RESUMED, "val_count", "augment"):
+        mine = getattr(args, name)
+        if RANK == 0 and name in saved and saved[name] != mine:
+            change = "other slices" if name == "data_digest" else f"{name} {saved[name]} -> {mine}"
+            print(f"not as {args.resume} was trained: {change}")
     global kept
     kept = f"nothing new was finished, {args.resume} is as it was"
     if RANK == 0:
@@ -753,24 +796,37 @@ def start_log(args, first_epoch):
     """
     if RANK:
         return
+    check_output(args.log_file)
     log, table = Path(args.log_file), Path(args.log_file).with_suffix(".csv")
     if log == table:
         raise InputError(f"--log_file {log}: the .csv is written beside it, name a .txt")
+    check_output(table)
     last = Path(args.checkpoint_dir) / "last.safetensors"
+    make_folder(last.parent)
+    global locked
+    if locked is not None:
+        os.close(locked)
+    locked = os.open(last.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however
+    except BlockingIOError:
+        raise InputError(
+            f"{last.parent}: another training writes there, choose another --checkpoint_dir"
+        ) from None
     if last.exists() and not args.resume:
         print(f"the checkpoints beside {last} and {log} are replaced (--resume {last} goes on)")
     lines, rows = [], []
-    for path in (log, table):
-        check_output(path)
-    make_folder(Path(args.checkpoint_dir))
     for path in (log, table, last, last.with_name("best.safetensors")):
         unfinished_file(path).unlink(missing_ok=True)  # of a run that was killed
     if first_epoch > 1 and log.exists() and table.exists():
-        with table.open() as file:  # an older table has other columns
-            rows = [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit()]
+        # A power cut can leave zeros where a line was not yet on the disk.
+        lines, table_lines = (
+            path.read_text(errors="replace").replace("\0", "").splitlines() for path in (log, table)
+        )
+        rows = [row for row in csv.DictReader(table_lines) if (row["epoch"] or "").isdecimal()]
         rows = [row for row in rows if int(row["epoch"]) < first_epoch]
         rows = [",".join(row.get(column) or "" for column in COLUMNS) for row in rows]
-        lines = log.read_text().splitlines()[: len(rows)]
+        lines = lines[: len(rows)]
     for path, text in ((log, lines), (table, [",".join(COLUMNS), *rows])):
         with write_whole(path) as file:
             file.writelines(f"{line}\n".encode() for line in text)
@@ -806,7 +862,7 @@ def finish_epoch(args, net, optimizer, epoch, best, trained, scores):
     if not all(np.isfinite(value).all() for value in values):
         raise FloatingPointError(
             f"weights or validation are no longer finite after epoch {epoch}: try a smaller --lr; "
-            "the checkpoint of the epoch before is kept"
+            f"{kept}"
         )
     by, loss = "train_loss", train_loss
     if scores and args.best_by == "v_rand":

@@ -15,6 +15,7 @@ labels, under the label folder's name with `image` for `label`.
 """
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,9 +54,12 @@ def pair(path, label_path, suffix=""):
 
 
 def read_probability(file, page):
-    """P(interior) of a slice, (H, W), float32. Raises InputError for floats outside [0, 1]."""
+    """P(interior) of a slice, (H, W), float32. Raises InputError for values outside [0, 1].
+
+    Unsigned integers are shares of their largest value.
+    """
     image = read_slice(file, page)
-    if np.issubdtype(image.dtype, np.integer):
+    if np.issubdtype(image.dtype, np.unsignedinteger):
         return image.astype(np.float32) / np.iinfo(image.dtype).max
     if image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
         raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities")
@@ -80,10 +84,11 @@ def check_shapes(read, files, label_files):
 def parse_args():
     parser = engine.Parser(__doc__)
     add = parser.add_argument
-    add("--prediction", required=True, help="folder or stack of P(interior)")
-    add("--label", required=True, help="folder or stack of labels, white = interior")
-    add("--image", help="folder or stack of the slices, for the floor (default: beside the labels)")
-    add("--json", metavar="FILE", help="write all scores at all thresholds")
+    path = engine.given_path
+    add("--prediction", type=path, required=True, help="folder or stack of P(interior)")
+    add("--label", type=path, required=True, help="folder or stack of labels, white = interior")
+    add("--image", type=path, help="slices, for the floor (default: those beside the labels)")
+    add("--json", type=path, metavar="FILE", help="write all scores at all thresholds")
     return parser.parse_args()
 
 
@@ -105,6 +110,9 @@ def main():
         check_shapes(readers[name], of_name, label_files)
     if args.json:
         engine.check_output(args.json)
+        images = {os.path.realpath(file) for file, _ in (*label_files, *files["prediction"])}
+        if os.path.realpath(args.json) in images:
+            raise InputError(f"--json {args.json}: is one of the images, choose another name")
     engine.kept = "nothing was written"
 
     results = {}

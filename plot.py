@@ -11,6 +11,7 @@ there is a display.
 import argparse
 import csv
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def fail(message):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,9 +84,9 @@ def main():
             more = read_log(beside)
             if [f"{loss:.4f}" for loss in more[1]] == log.read_text().split():
                 losses, log = more, beside  # else it is another run's
-        if not losses[1]:
+        if not any(loss == loss for loss in losses[1]):
             raise ValueError("no epoch in it yet")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         fail(f"{log}: not a loss log ({reason})")
     try:

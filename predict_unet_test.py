@@ -10,6 +10,7 @@ NAME_cells.png (16 bit, a number for each cell, 0 on the lines between them) and
 (the cells coloured). The weights are those of your last training, else those in this repository.
 """
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,10 +35,16 @@ MARGIN = 96
 
 
 def predict(net, image, device):
-    """Normalised slice (H, W), float32 -> P(interior) (H, W), float32 in [0, 1]."""
+    """Normalised slice (H, W), float32 -> P(interior) (H, W), float32 in [0, 1].
+
+    Raises InputError where the net's weights lead to no number.
+    """
     batch = flow.tensor(np.ascontiguousarray(image[None, None])).to(device)
     with flow.no_grad():
-        return flow.sigmoid(net(batch)).numpy()[0, 0]
+        probability = flow.sigmoid(net(batch)).numpy()[0, 0]
+    if np.isnan(probability).any():
+        raise InputError("the net's weights lead to no number: they are finite but far too large")
+    return probability
 
 
 def predict_tiled(net, image, device, tile):
@@ -120,10 +127,17 @@ def write_slice(path, image, probability, threshold, with_cells):
 def parse_args():
     parser = engine.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", help=f"weights (default: {OWN}, else {BOXED.name}, of this repository)")
-    add("--Test_Data_path", default="data/test_image", help="slices (default: %(default)s)")
-    add("--save_res_path", default="predict_image", help="output folder (default: %(default)s)")
-    add("--stack", metavar="FILE.tif", help="write P(interior) as a float32 TIFF stack as well")
+    path, default = engine.given_path, "(default: %(default)s)"
+    weights = f"weights (default: {OWN}, else {BOXED.name}, of this repository)"
+    add("--checkpoint", type=path, help=weights)
+    add("--Test_Data_path", type=path, default="data/test_image", help=f"slices {default}")
+    add("--save_res_path", type=path, default="predict_image", help=f"output folder {default}")
+    add(
+        "--stack",
+        type=path,
+        metavar="FILE.tif",
+        help="write P(interior) as a float32 stack as well",
+    )
     add(
         "--threshold",
         type=engine.number(float, 0, maximum=1),
@@ -173,11 +187,11 @@ def main():
     if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise InputError(f"{args.checkpoint}: its threshold is no number from 0 to 1")
     folder = Path(args.save_res_path)
-    if folder.resolve() == Path(args.Test_Data_path).resolve():
+    if os.path.realpath(folder) == os.path.realpath(args.Test_Data_path):
         raise InputError(f"{folder}: holds the slices, choose another --save_res_path")
     if args.stack:
         engine.check_output(args.stack)
-        if Path(args.stack).resolve() in {file.resolve() for _, file, _ in slices}:
+        if os.path.realpath(args.stack) in {os.path.realpath(file) for _, file, _ in slices}:
             raise InputError(f"--stack {args.stack}: is one of the slices, choose another name")
     engine.make_folder(folder)
 

@@ -107,7 +107,10 @@ def read_zip(file, source):
                 for member in archive.namelist()
                 if "__MACOSX" not in member
             }
-            return {name: archive.read(members[name]) for name in STACKS if name in members}
+            found = {name: members[name] for name in STACKS if name in members}
+            if any(archive.getinfo(member).file_size > 2**26 for member in found.values()):
+                raise ValueError("a stack of 8 MB unpacks to more than 64")
+            return {name: archive.read(member) for name, member in found.items()}
     except Exception as error:  # damaged archives make zipfile raise a dozen unrelated classes
         raise PrepareError(f"{source} is not a whole zip archive ({error}); {BY_HAND}") from error
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import engine
 from conftest import ROOT, SMALL, launch_command, one_line
@@ -99,14 +100,53 @@ def kills_of(request, short, long):
     return long if request.config.getoption("--long") else short
 
 
+# Replaces a file by another one and kills itself in the midst: at the step of that number.
+STEPS_OF_A_WRITE = """
+import os, signal, sys
+import engine
+steps = []
+def killing(name, function):
+    def step(*arguments):
+        steps.append(name)
+        if len(steps) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return step
+os.fsync, os.replace = killing("sync", os.fsync), killing("replace", os.replace)
+with engine.write_whole("file") as file:
+    file.write(b"new" * 1000)
+    if sys.argv[1] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+print(*steps)
+"""
+
+
+def test_every_step_of_a_write(tmp_path):
+    """Killed before or after any step, the file is the old one or the new one, as a whole.
+
+    What is written is on the disk before it takes the file's name, and then the name is.
+    """
+    command = [sys.executable, "-c", STEPS_OF_A_WRITE]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for step, expected in enumerate((b"old", b"old", b"old", b"new" * 1000)):
+        (tmp_path / "file").write_bytes(b"old")
+        assert subprocess.run([*command, str(step)], **options).returncode == -signal.SIGKILL
+        assert (tmp_path / "file").read_bytes() == expected
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == ({"file"} if step == 3 else {"file", ".file.new"})
+    assert subprocess.run([*command, "9"], **options).stdout == "sync replace sync\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_is_the_same_run(processes, slices, tmp_path, request):
     """kill -9 at random moments: nothing is lost but the current epoch, the end is the same bits.
 
-    5 kills, 100 with --long (2 and 20 of two data parallel processes).
+    6 kills, 100 with --long (2 and 20 of two data parallel processes).
     """
-    kills = kills_of(request, 5, 100) if processes == 1 else kills_of(request, 2, 20)
-    flags = ("--data_path", slices, "--epochs", 6 * kills, "--best_by", "v_rand")
+    kills = kills_of(request, 6, 100) if processes == 1 else kills_of(request, 2, 20)
+    flags = ("--data_path", slices, "--epochs", 12 * kills, "--best_by", "v_rand")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     done = subprocess.run(command_of(processes, *flags), cwd=whole, capture_output=True, text=True)
@@ -166,54 +206,55 @@ def test_an_interrupt_at_any_moment(slices, tmp_path, request):
     assert said
 
 
-# The loop of TrainUnetDataSet.py on a small net; prints the memory in use, kB, every 100 steps.
-STEPS = """
+# A bare loop with OneFlow's own Adam; prints the memory in use, kB, after each 30 steps.
+BARE = """
 import sys
-import engine
-from cpu_kernels import accelerate
-from unet import UNet
 import numpy as np
+from unet import UNet
 import oneflow as flow
 from oneflow import nn, optim
 
-def memory():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-
-args = engine.parse_args("", ["--schedule", "constant"])
-net = UNet(1, 1, bilinear=False, base_channels=2)
-if sys.argv[2] == "ours":
-    accelerate(net)
+net = UNet(1, 1, bilinear=False, base_channels=4)
 optimizer = optim.Adam(net.parameters(), lr=1e-3)
-criterion = nn.BCEWithLogitsLoss(reduction="none")
-schedule = engine.learning_rate_schedule(args, optimizer, 100, 1)
+criterion = nn.BCEWithLogitsLoss()
 image = flow.tensor(np.random.default_rng(0).normal(size=(2, 1, 32, 32)).astype(np.float32))
 label = (image > 0).to(flow.float32)
-for i in range(int(sys.argv[1]) // 100):
-    if sys.argv[2] == "ours":
-        loader = [(image, label)] * 100
-        engine.train_one_epoch(net, loader, criterion, optimizer, schedule, "cpu", 1)
-    else:
-        for _ in range(100):
-            criterion(net(image), label).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    print(memory(), flush=True)
+for i in range(int(sys.argv[1])):
+    criterion(net(image), label).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if i % 30 == 29:
+        print("epoch", flush=True)
 """
 
 
-def test_a_long_run_needs_no_more_memory(request):
-    """2000 steps, 600 without --long: what grows is OneFlow's own, as in a loop without us."""
-    steps = kills_of(request, 600, 2000)
-    grown = {}
-    for whose in ("ours", "bare"):
-        command = [sys.executable, "-c", STEPS, str(steps), whose]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        memory = list(map(int, done.stdout.split()))
-        grown[whose] = (memory[-1] - memory[1]) / (steps - 200)
-    print("; ".join(f"{whose}: {kb:.2f} kB a step" for whose, kb in grown.items()))
-    assert grown["ours"] < grown["bare"] + 1
+def growth(command, cwd):
+    """kB a step by which a process grows that prints a line with "epoch" after each 30 steps."""
+    memory = []
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True, env=env) as process:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                with suppress(OSError), open(f"/proc/{process.pid}/status") as file:
+                    memory += [int(line.split()[1]) for line in file if line.startswith("VmRSS")]
+    assert process.returncode == 0
+    begin = len(memory) // 3  # when all that is kept has been made
+    return (memory[-2] - memory[begin]) / (30 * (len(memory) - 2 - begin))
+
+
+def test_a_long_run_needs_no_more_memory(slices, tmp_path, request):
+    """420 steps, 2010 with --long: what grows is OneFlow's own Adam, as in a bare loop.
+
+    An epoch of 30 steps trains, validates, logs and saves, with a loading worker.
+    """
+    epochs = kills_of(request, 14, 67)
+    flags = ("--data_path", slices, "--crop", 32, "--repeat", 10, "--batch_size", 2)
+    flags += ("--val_path", slices, "--epochs", epochs, "--num_workers", 1)
+    ours = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, *map(str, flags)]
+    bare = [sys.executable, "-c", BARE, str(30 * epochs)]
+    grown = {name: growth(command, tmp_path) for name, command in (("ours", ours), ("bare", bare))}
+    print("; ".join(f"{name}: {kb:.1f} kB a step" for name, kb in grown.items()))
+    assert grown["ours"] < grown["bare"] + 15
 
 
 def on_small_disk(folder, megabytes, command):
@@ -221,7 +262,7 @@ def on_small_disk(folder, megabytes, command):
     (folder / "small").mkdir()
     mount = f"mount -t tmpfs -o size={megabytes}m none small"
     words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*words, "true"], capture_output=True).returncode:
+    if subprocess.run([*words, mount], cwd=folder, capture_output=True).returncode:
         pytest.skip("no user namespaces here, so no small disk")
     command = [*words, f"{mount} && {command}", "sh"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)

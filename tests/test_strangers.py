@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import engine
-from conftest import ROOT, train, write_pairs
+from conftest import ROOT, SMALL, one_line, script, train, write_pairs
 from dataloader import InputError, list_slices, read_slice
 from test_training import metadata_of, tensors_of
 from unet import UNet
@@ -92,6 +92,10 @@ TENSORS = {
     "flat": (FIRST, lambda old: old.ravel()),
     "empty": (FIRST, lambda old: np.zeros((4, 0, 3, 3), np.float32)),
     "empty and wide": (FIRST, lambda old: np.zeros((10**6, 0, 3, 3), np.float32)),
+    "empty and deep": (FIRST, lambda old: np.zeros((4, 10**12, 0, 0), np.float32)),
+    "empty and many": ("outc.conv.weight", lambda old: np.zeros((10**12, 0, 1, 1), np.float32)),
+    "beyond float32": (FIRST, lambda old: old.astype(np.float64) + 1e300),
+    "far too large": (FIRST, lambda old: old * np.float32(1e37)),
     "wide": (FIRST, lambda old: np.zeros((200_000, 1, 3, 3), np.float32)),
     "count that is none": (COUNT, lambda old: np.array(np.nan, np.float32)),
     "negative variance": (VARIANCE, lambda old: -1 - old),
@@ -103,11 +107,12 @@ TENSORS = {
 # ... and metadata.
 BEST = {"epoch": 1, "loss": 0.5, "by": "val_loss", "threshold": 0.5}
 METADATA = {
-    "epoch": ["x", -3, 0, 1.5, [1], None, {"a": 1}, float("nan")],
+    "epoch": ["x", -3, 0, 1.5, [1], None, {"a": 1}, float("nan"), True, 10**400],
     "optimizer_step": ["x", -7, 2**40, None, [], 0.5],
     "best": ["x", [1], 7, {"loss": 1}, *({**BEST, key: float("nan")} for key in BEST)],
     "arguments": [[1], None, 7, {"lr": -1}, {"lr": "x\n--y"}, {"base_channels": 10**9}],
 }
+METADATA["best"].append({**BEST, "loss": 10**400})
 METADATA["arguments"] += [
     {"base_channels": 8},
     {"bilinear": True},
@@ -151,6 +156,61 @@ def test_hostile_checkpoints(case, checkpoint, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_half_precision_is_fine(checkpoint, tmp_path):
+    """Weights and moments of another type of float are taken over, and training goes on."""
+    tensors, metadata = tensors_of(checkpoint), metadata_of(checkpoint)
+    del metadata["checksum"]
+    halved = {n: t.astype(np.float16) if t.dtype == np.float32 else t for n, t in tensors.items()}
+    engine.write_checkpoint(tmp_path / "half.safetensors", halved, metadata)
+    data = checkpoint.parents[1] / "data/train_image"
+    flags = ("--resume", "half.safetensors", "--data_path", data, "--epochs", 2)
+    done = script("TrainUnetDataSet.py", "--device", "cpu", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_message_is_one_line_whatever_the_file_says(checkpoint, tmp_path):
+    """Line ends and what colours a terminal, in a checkpoint or a name, are written out."""
+    tensors, metadata = tensors_of(checkpoint), metadata_of(checkpoint)
+    del metadata["checksum"]
+    evil = "a\nb\x1b[2J"
+    metadata["arguments"]["data_path"] = evil
+    engine.write_checkpoint(tmp_path / "evil.safetensors", tensors, metadata)
+    flags = ("--resume", "evil.safetensors", "--device", "cpu")
+    done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr)
+    assert r"a\nb\x1b[2J" in done.stderr
+    (tmp_path / evil).mkdir()
+    done = script("predict_unet_test.py", "--Test_Data_path", evil, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr) and r"a\nb\x1b[2J" in done.stderr
+
+
+def test_weights_that_lead_to_no_number(checkpoint, tmp_path):
+    """Finite weights that overflow: predicting says so, exit 2, and writes no picture."""
+    tensors = {
+        n: t * np.float32(1e29) if t.ndim == 4 else t for n, t in tensors_of(checkpoint).items()
+    }
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("optimizer")}
+    safetensors.numpy.save_file(tensors, tmp_path / "large.safetensors")
+    data = checkpoint.parents[1] / "data/train_image"
+    flags = ("--checkpoint", "large.safetensors", "--Test_Data_path", data, "--device", "cpu")
+    done = script("predict_unet_test.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr) and "no number" in done.stderr
+    assert not list((tmp_path / "predict_image").iterdir())
+
+
+def test_a_slice_that_vanishes_is_one_line(slices, tmp_path):
+    """A slice that a loading worker can't read any more ends training in one line, exit 2."""
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, "--epochs", "10000"]
+    command += ["--num_workers", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        while "epoch: 1 " not in process.stdout.readline():
+            assert process.poll() is None
+        (slices / "3.png").write_bytes(b"")
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and one_line(errors) and "3.png: can't be read" in errors
+
+
 def test_hostile_headers(tmp_path):
     """Lengths that no file has, metadata nested without end, weights that aren't numbers."""
     path = tmp_path / "hostile.safetensors"
@@ -176,15 +236,18 @@ import sys
 from dataloader import InputError, list_slices, read_slice
 for line in sys.stdin:
     try:
-        shapes = {read_slice(file, page).shape for _, file, page in list_slices(line[:-1])}
-        print("read", len(shapes), flush=True)
+        pages = [read_slice(file, page) for _, file, page in list_slices(line[:-1])]
+        print("read", hash(pages[0].tobytes()), flush=True)
     except InputError as error:
         print("refused", str(error).count(chr(10)), line[:-1] in str(error), flush=True)
 """
 
 
 def test_damaged_images(tmp_path):
-    """Five hundred damaged PNGs and TIFFs: each is read or refused in a line, none crashes."""
+    """Five hundred damaged PNGs and TIFFs: each is read or refused in a line, none crashes.
+
+    A PNG that is read is what it was, by its check sums; a TIFF has none.
+    """
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 50), dtype=np.uint8)
     grey16 = image.astype(np.uint16) * 257
@@ -198,13 +261,20 @@ def test_damaged_images(tmp_path):
         stack = np.stack([image] * 3).astype(np.float32)
         tifffile.imwrite(tmp_path / "made.tif", stack, photometric="minisblack", **options)
         kinds.append((tmp_path / "made.tif").read_bytes())
-    paths = []
+    suffixes = [".png"] * 3 + [".tif"] * 5
+    paths, sound = [], []
+    for i, data in enumerate(kinds):
+        paths.append(tmp_path / f"whole{i}{suffixes[i]}")
+        paths[-1].write_bytes(data)
     for i in range(IMAGES):
-        whole = kinds[i % len(kinds)]
-        paths.append(tmp_path / f"{i}{'.png' if i % len(kinds) < 3 else '.tif'}")
-        data = mutated(whole, rng, min(400, len(whole)))
-        if whole[:4] == b"\x89PNG" and rng.integers(2):
-            data = with_right_sums(data)  # so that it reaches the decoder
+        kind = i % len(kinds)
+        data = mutated(kinds[kind], rng, min(400, len(kinds[kind])))
+        if kind < 3:
+            if rng.integers(2):
+                data = with_right_sums(data)  # so that it reaches the decoder
+            else:
+                sound.append((len(paths), kind))
+        paths.append(tmp_path / f"{i}{suffixes[kind]}")
         paths[-1].write_bytes(data)
     done = subprocess.run(
         [sys.executable, "-c", READER],
@@ -215,7 +285,10 @@ def test_damaged_images(tmp_path):
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "", (done.returncode, paths[len(lines)])
-    assert len(lines) == IMAGES
+    assert len(lines) == len(kinds) + IMAGES
+    for i, kind in sound:
+        assert lines[i] in ("refused 0 True", lines[kind]), paths[i]
+    assert all(line.startswith("read") for line in lines[: len(kinds)])
     refused = [line for line in lines if line.startswith("refused")]
     assert set(refused) == {"refused 0 True"}
     assert 0.3 * IMAGES < len(refused) < 0.95 * IMAGES
@@ -291,20 +364,32 @@ def test_kinds_of_images(tmp_path):
         (tmp_path / "kind.png").write_bytes(data)
         np.testing.assert_allclose(read("kind.png"), expected, atol=1)
     # What can't be read is refused: bombs, other numbers, nothing, text.
-    row = bytes(7501)
-    (tmp_path / "bomb.png").write_bytes(png(1, 0, [row] * 200, (60_000, 60_000)))
-    assert (tmp_path / "bomb.png").stat().st_size < 5000
+    # What no memory could hold isn't unpacked; what it just can isn't taken for a slice.
+    for name, side in (("bomb.png", 60_000), ("small bomb.png", 20_000)):
+        row = bytes(1 + (side + 7) // 8)
+        (tmp_path / name).write_bytes(png(1, 0, [row] * side, (side, side)))
+        assert (tmp_path / name).stat().st_size < 500_000
     tifffile.imwrite(tmp_path / "complex.tif", grey.astype(np.complex64))
     tifffile.imwrite(tmp_path / "nan.tif", np.full((40, 48), np.nan, np.float32))
+    tifffile.imwrite(tmp_path / "huge.tif", np.full((40, 48), 1e39))
     (tmp_path / "text.tif").write_text("no image")
     for name in ("empty.png", "empty.tif"):
         (tmp_path / name).touch()
-    for name in ("bomb.png", "complex.tif", "nan.tif", "text.tif", "empty.png", "empty.tif"):
+    refused = ("complex.tif", "nan.tif", "huge.tif", "text.tif", "empty.png", "empty.tif")
+    for name in ("bomb.png", "small bomb.png", *refused):
         with pytest.raises(InputError, match=name):
             read(name)
     # A stack that lost its end is refused, not read in part.
     tifffile.imwrite(tmp_path / "stack.tif", np.stack([image] * 5), photometric="minisblack")
     assert len(list_slices(tmp_path / "stack.tif")) == 5
+    five = np.stack([image] * 5)
+    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True)
+    assert len(list_slices(tmp_path / "ij.tif")) == 5
+    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True, truncate=True)
+    with pytest.raises(InputError, match="slices in one page"):
+        list_slices(tmp_path / "ij.tif")
+    (tmp_path / "stack.png").write_bytes((tmp_path / "stack.tif").read_bytes())
+    assert len(list_slices(tmp_path / "stack.png")) == 5
     whole = (tmp_path / "stack.tif").read_bytes()
     for share in (0.3, 0.6, 0.9):
         (tmp_path / "stack.tif").write_bytes(whole[: int(len(whole) * share)])

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import distributions
 
 from conftest import ROOT, SMALL
 
@@ -11,10 +11,19 @@ import pytest
 from packaging.requirements import Requirement
 
 
+def in_one_line(name):
+    """A file's text with the lines joined that a backslash parts."""
+    return (ROOT / name).read_text().replace("\\\n", " ")
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def locked():
     """The lock's packages -> (version, number of hashes)."""
     found = {}
-    for entry in (ROOT / "requirements.txt").read_text().replace("\\\n", " ").splitlines():
+    for entry in in_one_line("requirements.txt").splitlines():
         if entry.strip() and not entry.lstrip().startswith("#"):
             name, number = re.match(r"([\w.-]+)==(\S+)", entry).groups()
             found[name] = number, len(re.findall(r"--hash=sha256:[0-9a-f]{64}", entry))
@@ -29,8 +38,11 @@ def test_the_lock_is_what_is_asked_for_and_installed():
             wanted = Requirement(line.split("#")[0].strip())
             assert wanted.specifier.contains(lock[wanted.name][0]), line
     assert all(hashes for _, hashes in lock.values())
-    assert all(version(name) == number for name, (number, _) in lock.items())
-    assert "--require-hashes" in (ROOT / "env.sh").read_text()
+    installed = {canonical(d.metadata["Name"]): d.version for d in distributions()}
+    for name in ("pip", "setuptools"):  # of every environment
+        installed.pop(name, None)
+    assert installed == {canonical(name): number for name, (number, _) in lock.items()}
+    assert re.search(r"^[^#]*pip install[^#]*--require-hashes", in_one_line("env.sh"), re.M)
 
 
 def test_nothing_is_fetched_at_run_time(slices, tmp_path):

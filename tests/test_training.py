@@ -159,32 +159,56 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     assert abs(losses.mean() - (losses * weight).mean()) > 1e-3
 
 
-def test_an_older_checkpoint_goes_on_as_it_was(slices, tmp_path):
-    """One from before crops were repeated, weighted and annealed keeps training like that."""
-    old = ("--repeat", 1, "--schedule", "constant", "--border_weight", 0, "--val_every", 1)
-    train(*old, "--crop", 0, "--epochs", 1, "--val_count", 2, cwd=tmp_path)
-    last = tmp_path / "checkpoints/last.safetensors"
-    tensors, metadata = tensors_of(last), metadata_of(last)
-    for name in ("repeat", "schedule", "border_weight", "val_every", "best_by"):
-        del metadata["arguments"][name]
-    metadata["arguments"]["crop"] = None
-    del metadata["best"]["threshold"], metadata["checksum"]
-    engine.write_checkpoint(last, tensors, metadata)
-    table = tmp_path / "Unet_train.csv"
-    table.write_text("epoch,train_loss,val_loss,lr\n1,0.7,0.6,0.001\n")
-    done = script(
-        "TrainUnetDataSet.py", "--device", "cpu", "--resume", last, "--epochs", 2, cwd=tmp_path
-    )
+def test_more_epochs_go_on_along_the_longer_cosine(slices, tmp_path):
+    """Resumed with a larger --epochs, the step size jumps to the new cosine; that is said."""
+    train("--epochs", 2, cwd=tmp_path)
+    again = ("--resume", "checkpoints/last.safetensors", "--epochs", 4, "--device", "cpu")
+    done = script("TrainUnetDataSet.py", *again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    arguments = metadata_of(last)["arguments"]
-    assert {f"--{name}": arguments[name] for name in ("repeat", "schedule", "border_weight")} == {
-        "--repeat": 1,
-        "--schedule": "constant",
-        "--border_weight": 0,
-    }
-    first, second = rows_of(table)
-    assert (first["val_loss"], first["lr"], first["val_v_rand"]) == ("0.6", "0.001", "")
-    assert second["lr"] == "0.001" and second["val_v_rand"]
+    assert "not as checkpoints/last.safetensors was trained: epochs 2 -> 4\n" in done.stdout
+    assert done.stdout.count("not as") == 1
+    cosine = [0.0005 * (1 + np.cos(np.pi * share)) for share in (1 / 2, 2 / 2, 3 / 4, 4 / 4)]
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "Unet_train.csv")]
+    np.testing.assert_allclose(rates, cosine, rtol=1e-4, atol=1e-12)
+
+
+def test_a_log_that_lost_power_is_mended(slices, tmp_path):
+    """Zeros at the end of log and table, as a power cut leaves them, go when a run is resumed."""
+    train("--epochs", 2, cwd=tmp_path)
+    for name in ("Unet_train.txt", "Unet_train.csv"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"3,0.5\xff" + bytes(20))
+    again = ("--resume", "checkpoints/last.safetensors", "--epochs", 3, "--device", "cpu")
+    done = script("TrainUnetDataSet.py", *again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["epoch"] for row in rows_of(tmp_path / "Unet_train.csv")] == ["1", "2", "3"]
+    assert re.fullmatch(r"(\d\.\d{4}\n){3}", (tmp_path / "Unet_train.txt").read_text())
+
+
+def test_one_training_a_folder(slices, tmp_path):
+    """A second run that would write the same checkpoints is refused while the first one runs."""
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, "--epochs", "10000"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        while "epoch: 1 " not in process.stdout.readline():
+            assert process.poll() is None
+        done = script("TrainUnetDataSet.py", *SMALL, "--log_file", "other.txt", cwd=tmp_path)
+        process.kill()
+    assert done.returncode == 2 and one_line(done.stderr)
+    assert "checkpoints: another training writes there" in done.stderr
+
+
+def test_output_that_cannot_be_written(slices, tmp_path):
+    """A full disk behind stdout: exit 1 and a line on stderr, no traceback."""
+    with open("/dev/full", "w") as full:
+        done = script(
+            "TrainUnetDataSet.py",
+            "--help",
+            cwd=tmp_path,
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 1 and one_line(done.stderr) and "No space left" in done.stderr
 
 
 def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
@@ -246,6 +270,7 @@ BAD = {
     "folder as checkpoint": (("--resume", "data"), "data"),
     "abbreviated flag": (("--epoch", 3), "--epoch"),
     "log is a folder": (("--log_file", "data"), "data"),
+    "log without a name": (("--log_file", "."), "."),
     "log in the way": (("--log_file", "loss.csv"), "--log_file"),
     "folder in the way": (("--checkpoint_dir", "damaged.safetensors"), "damaged.safetensors"),
 }
@@ -266,7 +291,7 @@ def test_bad_input_is_one_line(case, slices, tmp_path):
 
 
 OUT_OF_RANGE = {
-    "--epochs": (0, -1, 1.5, "nan", "many"),
+    "--epochs": (0, -1, 1.5, "nan", "many", 10**400),
     "--repeat": (0, -1, 10**5),
     "--batch_size": (0, -4, 0.5),
     "--lr": (0, -0.1, "nan", "inf"),
@@ -283,6 +308,9 @@ OUT_OF_RANGE = {
     "--augment": ("blur",),
     "--device": ("tpu",),
     "--cpu_kernels": ("on",),
+    "--resume": ("",),
+    "--val_path": ("",),
+    "--log_file": ("",),
 }
 PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 300, 511)}
 PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
