@@ -813,6 +813,8 @@ def start_log(args, first_epoch):
         raise InputError(
             f"{last.parent}: another training writes there, choose another --checkpoint_dir"
         ) from None
+    except OSError:
+        pass  # a file system without locks, as some that are shared
     if last.exists() and not args.resume:
         print(f"the checkpoints beside {last} and {log} are replaced (--resume {last} goes on)")
     lines, rows = [], []
