@@ -251,9 +251,9 @@ def parse_args(doc, argv=None):
         "--augment",
         nargs="*",
         choices=AUGMENTATIONS,
-        default=["flip", "rotate", "elastic"],
+        default=["flip", "rotate"],
         help="flips, right-angle rotations, elastic deformation; no value: none "
-        "(default: flip rotate elastic)",
+        "(default: flip rotate)",
     )
     add(
         "--border_weight",
