@@ -38,11 +38,19 @@ def Train_Unet(args):
     loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=workers)
     schedule = engine.learning_rate_schedule(args, optimizer, len(loader), first_epoch)
 
+    def step(image, label, weight):
+        losses = (criterion(net(image), label) * weight).mean((1, 2, 3))  # of each slice
+        losses.mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        return losses
+
     for epoch in range(first_epoch, args.epochs + 1):
         sampler.set_epoch(epoch)
         engine.seed_epoch(args.seed, epoch)
         train_set.epoch = epoch
-        trained = engine.train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch)
+        trained = engine.train_one_epoch(net, loader, step, device, epoch)
         scores = engine.validate(args, net, val_set, criterion, device, epoch)
         best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
 

@@ -4,11 +4,14 @@ validation, checkpoints, the log, and how a script ends.
 Plain functions. Those that print, write or count know that the process may be one rank of several.
 """
 
+import argparse
 import ctypes
 import os
 import signal
 import socket
 import sys
+import time
+from contextlib import contextmanager, suppress
 
 # Before the long imports: until run() has its answer to Ctrl-C, that ends a script without one, and
 # without a traceback. A launcher can be ended without its ranks, so have the kernel end them with
@@ -24,17 +27,27 @@ if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 f"port {os.environ['MASTER_PORT']}: {error.strerror}; if another job runs here, "
                 "give the launcher another --master_port"
             )
+    # OneFlow's start waits for the other ranks, for ever, and no thread of ours runs meanwhile.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--rank_timeout", nargs="?", default="1800")
+    seconds = early.parse_known_args()[0].rank_timeout
+    watcher = os.fork()
+    if watcher == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        with suppress(TypeError, ValueError, OverflowError):  # what is no number is refused later
+            time.sleep(float(seconds))
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            os.write(2, f"the other processes are not at {where} after {seconds} s\n".encode())
+            os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
 
-import argparse
 import csv
 import fcntl
 import hashlib
 import json
 import math
 import threading
-import time
 import traceback
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dataloader import AUGMENTATIONS, InputError, SelfDataSet
@@ -48,6 +61,9 @@ import safetensors.numpy
 from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
 
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    os.kill(watcher, signal.SIGKILL)
+    os.waitpid(watcher, 0)
 MAIN_PROCESS = os.getpid()
 last_sign = time.monotonic()  # when this rank last got further: watch() looks at it
 locked = None  # the descriptor that locks the folder of checkpoints
@@ -186,8 +202,10 @@ def given_path(text):
     return text
 
 
-def parse_args(doc, argv=None):
-    """The training scripts' flags; `doc` is the script's docstring. Raises InputError.
+def parse_args(doc, argv=None, amp=False):
+    """The training scripts' flags; `doc` is the script's docstring, amp: whether it has --amp.
+
+    Raises InputError.
 
     With --resume, the checkpoint's own training arguments are the defaults.
     """
@@ -290,6 +308,8 @@ def parse_args(doc, argv=None):
         help="a loss a line; more goes into the .csv beside it (Unet_train.txt)",
     )
     add_cpu_kernels(parser)
+    if amp:
+        add("--amp", action="store_true", help="mixed precision, on a GPU")
     add(
         "--rank_timeout",
         type=number(float, 0, above=True),
@@ -380,6 +400,8 @@ def start(args):
     Sets args.processes, and args.base_channels where it was left open. Raises InputError.
     """
     device = pick_device(args.device)
+    if device == "cpu" and getattr(args, "amp", False):
+        raise InputError("--amp: mixed precision needs a GPU, leave it out")
     args.processes = WORLD_SIZE
     if args.base_channels is None:
         args.base_channels = 64 if device == "cuda" else 16
@@ -484,36 +506,36 @@ def learning_rate_schedule(args, optimizer, steps, first_epoch):
     return schedule
 
 
-def train_one_epoch(net, loader, criterion, optimizer, schedule, device, epoch):
-    """One pass over the loader; returns (mean loss over all ranks' samples, samples, seconds).
+def train_one_epoch(net, loader, step, device, epoch):
+    """One pass over the loader; returns (mean loss of all ranks' slices, their number, seconds).
 
-    The loader gives image and label, and a weight for each pixel where border weights are used.
-    Raises FloatingPointError when the loss is not finite, before it reaches the weights.
+    The loader gives image and label, (N, 1, H, W), and where border weights are used a weight for
+    each pixel. step(image, label, weight) makes a step and returns the loss of each slice before
+    it, a tensor (N,). Raises FloatingPointError when one is not finite: the net is spoilt then,
+    what is on the disk is not.
     """
     began = time.monotonic()
     net.train()
-    loss_sum, samples = 0.0, 0
+    loss_sum, samples, place = 0.0, 0, RANK
     # disable=None: no bar where stderr is a file
     hidden = True if RANK else None
     with tqdm(total=len(loader), desc=f"epoch {epoch}", leave=False, disable=hidden) as bar:
         for image, label, *weight in loader:
-            loss = criterion(net(image.to(device)), label.to(device))
-            if weight:
-                loss = loss * weight[0].to(device)
-            loss = loss.mean()
-            value = loss.item()
+            weight = weight[0] if weight else flow.ones_like(label)
+            losses = step(image.to(device), label.to(device), weight.to(device)).numpy()
             got_further()
-            if not math.isfinite(value):
+            if not np.isfinite(losses).all():
                 raise FloatingPointError(
-                    f"the loss became {value} in epoch {epoch}: try a smaller --lr; {kept}"
+                    f"the loss became {losses.mean()} in epoch {epoch}: try a smaller --lr; {kept}"
                 )
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            loss_sum += value * len(image)
-            samples += len(image)
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            for loss in losses.tolist():
+                # DistributedSampler deals the slices out like cards, and fills the last round up
+                # with slices that were dealt already: they don't count again.
+                if place < len(loader.dataset):
+                    loss_sum += loss
+                    samples += 1
+                place += WORLD_SIZE
+            bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
             bar.update()
     if WORLD_SIZE > 1:
         # Running statistics are each rank's own until the next forward fetches rank 0's. Fetch

@@ -119,7 +119,7 @@ unet_env() {
     if [ $failed = 0 ]; then
         # As bin/activate does, but that breaks when the folder is moved.
         export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
-        export GLOG_minloglevel=2 # no warnings about a missing CUDA driver
+        export GLOG_minloglevel=3 # no messages about a missing CUDA driver; what is fatal is shown
         local blas=${OPENBLAS_CORETYPE:-$(cat .venv/blas)}
         [ -z "$blas" ] || export OPENBLAS_CORETYPE=$blas
     fi

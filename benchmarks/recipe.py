@@ -130,15 +130,22 @@ def main():
         num_workers=args.num_workers,
     )
     schedule = engine.learning_rate_schedule(args, optimizer, len(loader), 1)
+    criterion = loss_function(own)
     lowest, since = math.inf, 0
+
+    def step(image, label, weight):
+        losses = (criterion(net(image), label) * weight).mean((1, 2, 3))  # of each slice
+        losses.mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        return losses
 
     began, cpu = time.monotonic(), time.process_time()
     for epoch in range(1, args.epochs + 1):
         engine.seed_epoch(args.seed, epoch)
         train_set.epoch = epoch
-        loss, *_ = engine.train_one_epoch(
-            net, loader, loss_function(own), optimizer, schedule, device, epoch
-        )
+        loss, *_ = engine.train_one_epoch(net, loader, step, device, epoch)
         print(f"epoch {epoch}: {loss:.4f}", file=sys.stderr, flush=True)
         lowest, since = (loss, 0) if loss < lowest else (lowest, since + 1)
         if own.plateau and since == own.plateau:

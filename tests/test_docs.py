@@ -7,9 +7,12 @@ import subprocess
 
 from conftest import ROOT, script
 
+import pytest
+
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "predict_unet_test.py", "evaluate.py", "plot.py")
-BENCHMARKS = ("cpu_step.py", "cpu_accuracy.py", "recipe.py", "same_time.py")
+SCRIPTS = ("TrainUnetDataSet.py", "ddp_train.py", "graph_train.py")
+SCRIPTS += ("predict_unet_test.py", "evaluate.py", "plot.py")
+BENCHMARKS = ("cpu_step.py", "cpu_accuracy.py", "graph_step.py", "recipe.py", "same_time.py")
 BENCHMARKS = tuple(f"benchmarks/{name}" for name in BENCHMARKS)
 
 
@@ -19,30 +22,58 @@ def code_of(name):
     return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
-def test_the_twins_differ_only_in_what_data_parallel_takes():
+DATA_PARALLEL = (
+    r"from oneflow\.utils\.data import DataLoader(, RandomSampler)?",
+    r"from oneflow\.utils\.data\.distributed import DistributedSampler",
+    r"from oneflow\.nn\.parallel import DistributedDataParallel as ddp",
+    r"net = ddp\(net\)",
+    r"sampler = RandomSampler\(train_set\)",
+    r"sampler = DistributedSampler\(train_set, seed=args\.seed\)",
+    r"sampler\.set_epoch\(epoch\)",
+)
+OWN = ("TrainGraph", "keep_count")  # definitions that only graph_train.py has
+STATIC_GRAPH = (
+    r"import oneflow as flow",
+    r"accelerate\(net\)  # on a CPU.*",
+    r"if device == \"cpu\":",
+    r"print\(.*OneFlow's own slow kernels.*\)",
+    r"graphs = \{\}",
+    r"count = flow\.tensor\(\[schedule\.last_step\], dtype=flow\.int64\)",
+    r"losses = \(criterion\(net\(image\), label\) \* weight\)\.mean\(.*\)  # of each slice",
+    r"losses\.mean\(\)\.backward\(\)",
+    r"optimizer\.(step|zero_grad)\(\)",
+    r"schedule\.step\(\)",
+    r"return losses",
+    r"shape = image\.shape",
+    r"if shape not in graphs:",
+    r"graphs\[shape\] = TrainGraph\(.*\)",
+    r"return graphs\[shape\]\(image, label, weight\)",
+    r"keep_count\(net, optimizer, schedule, len\(loader\)\)",
+    r"engine\.run\(lambda: Train_Unet\(engine\.parse_args\(__doc__(, amp=True)?\)\)\)",
+)
+
+
+@pytest.mark.parametrize(
+    "twin, allowed", [("ddp_train.py", DATA_PARALLEL), ("graph_train.py", STATIC_GRAPH)]
+)
+def test_the_twins_differ_only_in_what_they_are_for(twin, allowed):
     """The diff of the training scripts is the README's tutorial, and no other line differs."""
     assert not re.search(r"@@\w", README)  # a gap left to fill in
     diff = list(
-        difflib.unified_diff(
-            code_of("TrainUnetDataSet.py"), code_of("ddp_train.py"), n=1, lineterm=""
-        )
+        difflib.unified_diff(code_of("TrainUnetDataSet.py"), code_of(twin), n=1, lineterm="")
     )[2:]
-    changed = [line[1:].strip() for line in diff if line[0] in "+-"]
-    allowed = (
-        r"from oneflow\.utils\.data import DataLoader(, RandomSampler)?",
-        r"from oneflow\.utils\.data\.distributed import DistributedSampler",
-        r"from oneflow\.nn\.parallel import DistributedDataParallel as ddp",
-        r"net = ddp\(net\)",
-        r"sampler = RandomSampler\(train_set\)",
-        r"sampler = DistributedSampler\(train_set, seed=args\.seed\)",
-        r"sampler\.set_epoch\(epoch\)",
-    )
+    hunk = re.compile(r"@@.*@@")  # line numbers say nothing to a reader
+    shown = [block.splitlines() for block in re.findall(r"```diff\n(.*?)\n```", README, re.S)]
+    assert [hunk.sub("@@", line) for line in diff] in shown
+    code = (ROOT / twin).read_text()
+    own = (node for node in ast.parse(code).body if getattr(node, "name", None) in OWN)
+    own = "\n".join(ast.get_source_segment(code, node) for node in own).splitlines()
+    changed = [line for line in diff if line[0] in "+-" and line[1:].strip()]
+    changed = [line[1:].strip() for line in changed if line[0] == "-" or line[1:] not in own]
     for line in changed:
         assert any(re.fullmatch(pattern, line) for pattern in allowed), line
-    assert len(changed) == len(allowed) + 1  # the import of DataLoader stands on both sides
-    shown = re.search(r"```diff\n(.*?)\n```", README, re.S).group(1).splitlines()
-    hunk = re.compile(r"@@.*@@")  # line numbers say nothing to a reader
-    assert shown == [hunk.sub("@@", line) for line in diff]
+    for pattern in allowed:
+        assert any(re.fullmatch(pattern, line) for line in changed), pattern
 
 
 def test_flags_are_those_of_help():
