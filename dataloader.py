@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,8 @@ with quiet_stderr():
     from oneflow.utils.data import Dataset
 signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+from tqdm import tqdm
 
 cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
@@ -148,10 +151,15 @@ def read_slice(file, page=0):
     values that are not finite or beyond 1e30, or unpacks to what no micrograph is. Training,
     validation and prediction read through this function.
     """
+    with quiet_stderr():
+        return decode(file, page)
+
+
+def decode(file, page=0):
+    """read_slice, while stderr is quiet already: for threads, which share it."""
     try:
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-        with quiet_stderr():
-            ok, pages = cv2.imreadmulti(str(file), start=page, count=1, flags=flags)
+        ok, pages = cv2.imreadmulti(str(file), start=page, count=1, flags=flags)
     except cv2.error:  # among others: more pixels than OpenCV accepts
         ok = False
     if not ok:
@@ -314,35 +322,61 @@ class SelfDataSet(Dataset):
                 f"{data_path}: {len(slices)} slices, but {label_path} has {len(labels)} labels"
             )
 
-        self.names, self.shapes, self.pairs, problems = [], [], [], []
-        self.weights, kept = {}, 0  # of the first slices: forked workers have them too
+        self.names, self.shapes, self.pairs = [], [], []
+        self.weights, self.kept = {}, 0  # of the first slices: forked workers have them too
+        problems = [
+            f"{file}: no label of that name in {label_path}"
+            for (_, file, _), label in pairs[keep]
+            if label is None
+        ]
+        pairs = [pair for pair in pairs[keep] if pair[1] is not None]
         digest = hashlib.sha256()
-        for (name, file, page), label in pairs[keep]:
-            try:
-                if label is None:
-                    raise InputError(f"{file}: no label of that name in {label_path}")
-                image, label_map = read_slice(file, page), read_label(*label)
-                shape = image.shape
-                for pixels in (image, label_map):
-                    digest.update(f"{pixels.dtype} {shape} ".encode() + pixels.tobytes())
-                if label_map.shape != shape:
-                    raise InputError(
-                        f"{label[0]}: {label_map.shape}, but its slice has {shape} pixels"
-                    )
-                if border_weight and kept < KEPT_WEIGHTS:
-                    self.weights[label] = border_weights(label_map, border_weight)
-                    kept += label_map.nbytes
-                self.names.append(name)
-                self.shapes.append(shape)
-                self.pairs.append(((file, page), label))
-            except InputError as error:
-                problems.append(str(error))
+        with (
+            ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool,
+            tqdm(
+                total=len(pairs), desc="checking slices", leave=False, delay=2, disable=None
+            ) as bar,
+        ):
+            for start in range(0, len(pairs), 64):
+                some = pairs[start : start + 64]
+                with quiet_stderr():
+                    checked = list(pool.map(self.check, some))
+                for ((name, *image), label), (shape, pixels, problem) in zip(
+                    some, checked, strict=True
+                ):
+                    if problem:
+                        problems.append(problem)
+                        continue
+                    digest.update(pixels)
+                    self.names.append(name)
+                    self.shapes.append(shape)
+                    self.pairs.append((tuple(image), label))
+                bar.update(len(some))
         self.digest = digest.hexdigest()
         if problems:
             raise InputError("; ".join(problems))
         if crop and crop > min(map(min, self.shapes), default=crop):
             small = min(zip(self.shapes, self.names, strict=True), key=lambda item: min(item[0]))
             raise InputError(f"--crop {crop} is larger than slice {small[1]} of {small[0]} pixels")
+
+    def check(self, pair):
+        """Read a pair ((name, file, page), label) -> (shape, SHA-256 of its pixels, problem)."""
+        (_, *image), label = pair
+        try:
+            image, label_map = decode(*image), two_values(label[0], decode(*label))
+            if label_map.shape != image.shape:
+                raise InputError(
+                    f"{label[0]}: {label_map.shape}, but its slice has {image.shape} pixels"
+                )
+            if self.border_weight and self.kept < KEPT_WEIGHTS:
+                self.weights[label] = border_weights(label_map, self.border_weight)
+                self.kept += label_map.nbytes
+        except InputError as error:
+            return None, None, str(error)
+        digest = hashlib.sha256(f"{image.dtype} {image.shape} ".encode())
+        digest.update(np.ascontiguousarray(image))
+        digest.update(label_map.astype(bool))
+        return image.shape, digest.digest(), None
 
     def __len__(self):
         return len(self.pairs) * self.repeat
@@ -366,9 +400,14 @@ def read_label(file, page=0):
 
     Raises InputError unless the label has exactly two values, whatever they are.
     """
-    label = read_slice(file, page)
+    return two_values(file, read_slice(file, page))
+
+
+def two_values(file, label):
+    """read_label, of an array that has been read."""
     low, high = label.min(), label.max()
-    if low == high or not np.isin(label, (low, high)).all():
+    interior = label == high
+    if low == high or not (interior | (label == low)).all():
         values = len(np.unique(label))
         raise InputError(f"{file}: has {values} grey values, a label must have exactly two")
-    return (label == high).astype(np.float32)
+    return interior.astype(np.float32)
