@@ -1,0 +1,158 @@
+"""Training over two hosts: python3 -m pytest tests/test_hosts.py
+
+Two network namespaces joined by a virtual cable stand for the hosts. That takes Linux's user
+namespaces and iproute2; where one is missing the tests are skipped.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import engine
+from conftest import ROOT, SMALL, launch
+from test_training import assert_same_checkpoint
+
+import pytest
+
+LAST = "checkpoints/last.safetensors"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+class Host:
+    """A network namespace of its own, with an address, until it is closed."""
+
+    def __init__(self, address, inside=None):
+        words = (
+            ["unshare", "--net"] if inside else ["unshare", "--user", "--map-root-user", "--net"]
+        )
+        words += ["sh", "-c", "echo ready; exec sleep 900"]
+        enter = inside.enter if inside else []
+        self.holder = subprocess.Popen([*enter, *words], stdout=subprocess.PIPE, text=True)
+        if self.holder.stdout.readline() != "ready\n":
+            pytest.skip("no user and network namespaces here, so no two hosts")
+        self.enter = ["nsenter", "--target", str(self.holder.pid), "--user", "--net"]
+        self.enter += ["--preserve-credentials", "--"]
+        self.address, self.job = address, None
+
+    def run(self, *words):
+        subprocess.run([*self.enter, *map(str, words)], check=True)
+
+    def train(self, rank, processes, folder, *flags):
+        """Start this host's share of a training, as the README says, in the folder."""
+        command = [sys.executable, "-m", "oneflow.distributed.launch", "--nnodes", 2]
+        command += ["--node_rank", rank, "--nproc_per_node", processes]
+        command += ["--master_addr", ADDRESSES[0], "--master_port", 29500]
+        command += [ROOT / "ddp_train.py", *SMALL, *flags]
+        folder.mkdir(exist_ok=True)
+        self.output = folder / "output.txt"
+        with self.output.open("w") as output:
+            self.job = subprocess.Popen(
+                [*self.enter, *map(str, command)],
+                cwd=folder,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def close(self):
+        for process in (self.job, self.holder):
+            if process and process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts with a cable between them."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        pytest.skip("no unshare, nsenter or ip here, so no two hosts")
+    one = Host(ADDRESSES[0])
+    two = Host(ADDRESSES[1], inside=one)
+    one.run("ip", "link", "add", "cable", "type", "veth", "peer", "cable", "netns", two.holder.pid)
+    for host in (one, two):
+        host.run("ip", "address", "add", f"{host.address}/24", "dev", "cable")
+        for device in ("cable", "lo"):
+            host.run("ip", "link", "set", device, "up")
+    yield one, two
+    two.close()
+    one.close()
+
+
+def wait_for(host, text, seconds=90):
+    until = time.monotonic() + seconds
+    while text not in host.output.read_text():
+        assert host.job.poll() is None and time.monotonic() < until, host.output.read_text()
+        time.sleep(0.05)
+
+
+def end_of(hosts, seconds=120):
+    """The exit codes of both hosts' launchers."""
+    until = time.monotonic() + seconds
+    return [host.job.wait(max(until - time.monotonic(), 0.1)) for host in hosts]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_hosts_train_one_net(processes, hosts, slices, tmp_path):
+    """2 hosts of 1 or 2 processes end with the bits of one host with as many in all.
+
+    The second host may start first. Only the first one writes.
+    """
+    flags = ("--epochs", 2, "--data_path", slices, "--val_count", 1, "--batch_size", 1)
+    folders = [tmp_path / f"host{rank}" for rank in range(2)]
+    for rank in (1, 0):
+        hosts[rank].train(rank, processes, folders[rank], *flags)
+        time.sleep(3)
+    assert end_of(hosts) == [0, 0], [host.output.read_text() for host in hosts]
+    (tmp_path / "single").mkdir()
+    done = launch(ROOT / "ddp_train.py", *flags, cwd=tmp_path / "single", processes=2 * processes)
+    assert done.returncode == 0, done.stderr
+    assert_same_checkpoint(folders[0] / LAST, tmp_path / "single" / LAST)
+    assert not (folders[1] / "checkpoints").exists()
+
+
+def test_a_host_that_dies(hosts, slices, tmp_path):
+    """The other host ends within a minute, its checkpoint is whole, and the pair resumes from it.
+
+    It ends with the bits of a run that was never stopped.
+    """
+    flags = ("--data_path", slices, "--batch_size", 1, "--schedule", "constant", "--epochs")
+    folders = [tmp_path / f"host{rank}" for rank in range(2)]
+    for rank, host in enumerate(hosts):
+        host.train(rank, 1, folders[rank], *flags, 10_000)
+    wait_for(hosts[0], "epoch: 2 ")
+    hosts[1].run("sh", "-c", f"pkill -KILL -s {hosts[1].job.pid}")
+    assert hosts[1].job.wait(10) != 0
+    assert hosts[0].job.wait(60) == 1
+    epochs = engine.net_of_checkpoint(folders[0] / LAST)[1]["epoch"] - 1
+    assert epochs >= 2
+    for rank, host in enumerate(hosts):
+        host.train(rank, 1, folders[rank], *flags, epochs + 1, "--resume", folders[0] / LAST)
+    assert end_of(hosts) == [0, 0], [host.output.read_text() for host in hosts]
+    (tmp_path / "single").mkdir()
+    done = launch(ROOT / "ddp_train.py", *flags, epochs + 1, cwd=tmp_path / "single")
+    assert done.returncode == 0, done.stderr
+    assert_same_checkpoint(folders[0] / LAST, tmp_path / "single" / LAST)
+
+
+def test_a_cable_that_is_cut(hosts, slices, tmp_path):
+    """Both hosts end by themselves, after --rank_timeout, with a message and whole checkpoints."""
+    flags = ("--epochs", 10_000, "--data_path", slices, "--rank_timeout", 8)
+    folders = [tmp_path / f"host{rank}" for rank in range(2)]
+    for rank, host in enumerate(hosts):
+        host.train(rank, 1, folders[rank], *flags)
+    wait_for(hosts[0], "epoch: 1 ")
+    hosts[0].run("ip", "link", "set", "cable", "down")
+    assert end_of(hosts, 60) == [1, 1]
+    for host in hosts:
+        assert "got no further for 8 s" in host.output.read_text()
+    engine.net_of_checkpoint(folders[0] / LAST)
+
+
+def test_a_host_that_is_alone(hosts, slices, tmp_path):
+    """Whose partner never comes gives up after --rank_timeout, and says for whom it waited."""
+    flags = ("--epochs", 1, "--data_path", slices, "--rank_timeout", 5)
+    hosts[1].train(1, 1, tmp_path / "host1", *flags)
+    assert hosts[1].job.wait(60) not in (0, -signal.SIGKILL)
+    assert "not at 10.77.0.1:29500 after 5 s" in hosts[1].output.read_text()
