@@ -323,7 +323,7 @@ class SelfDataSet(Dataset):
             )
 
         self.names, self.shapes, self.pairs = [], [], []
-        self.weights, self.kept = {}, 0  # of the first slices: forked workers have them too
+        self.weights, self.kept = {}, 0  # of some slices: forked workers have them too
         problems = [
             f"{file}: no label of that name in {label_path}"
             for (_, file, _), label in pairs[keep]
@@ -332,9 +332,13 @@ class SelfDataSet(Dataset):
         pairs = [pair for pair in pairs[keep] if pair[1] is not None]
         digest = hashlib.sha256()
         with (
-            ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool,
+            ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool,
             tqdm(
-                total=len(pairs), desc="checking slices", leave=False, delay=2, disable=None
+                total=len(pairs),
+                desc="checking slices",
+                leave=False,
+                delay=2,
+                disable=None if os.environ.get("RANK", "0") == "0" else True,
             ) as bar,
         ):
             for start in range(0, len(pairs), 64):
@@ -369,8 +373,8 @@ class SelfDataSet(Dataset):
                     f"{label[0]}: {label_map.shape}, but its slice has {image.shape} pixels"
                 )
             if self.border_weight and self.kept < KEPT_WEIGHTS:
-                self.weights[label] = border_weights(label_map, self.border_weight)
                 self.kept += label_map.nbytes
+                self.weights[label] = border_weights(label_map, self.border_weight)
         except InputError as error:
             return None, None, str(error)
         digest = hashlib.sha256(f"{image.dtype} {image.shape} ".encode())

@@ -27,18 +27,21 @@ if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 f"port {os.environ['MASTER_PORT']}: {error.strerror}; if another job runs here, "
                 "give the launcher another --master_port"
             )
-    # OneFlow's start waits for the other ranks, for ever, and no thread of ours runs meanwhile.
+    # OneFlow's start waits for the other ranks, for ever, and no thread of ours runs meanwhile. It
+    # may take it 10 seconds to look again, so give it half a minute at least.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--rank_timeout", nargs="?", default="1800")
     seconds = early.parse_known_args()[0].rank_timeout
-    watcher = os.fork()
+    parent, watcher = os.getpid(), os.fork()
     if watcher == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         with suppress(TypeError, ValueError, OverflowError):  # what is no number is refused later
-            time.sleep(float(seconds))
+            time.sleep(max(float(seconds), 30))
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            os.write(2, f"the other processes are not at {where} after {seconds} s\n".encode())
-            os.kill(os.getppid(), signal.SIGKILL)
+            with suppress(OSError):
+                os.write(2, f"the other processes are not at {where} after {seconds} s\n".encode())
+            if os.getppid() == parent:
+                os.kill(parent, signal.SIGKILL)
         signal.pause()
 
 import csv
@@ -59,12 +62,14 @@ import oneflow as flow
 import safetensors
 import safetensors.numpy
 from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
+from oneflow.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
     os.kill(watcher, signal.SIGKILL)
     os.waitpid(watcher, 0)
 MAIN_PROCESS = os.getpid()
+STDERR = os.dup(2)  # for interrupt(), which may come while quiet_stderr() is at work
 last_sign = time.monotonic()  # when this rank last got further: watch() looks at it
 locked = None  # the descriptor that locks the folder of checkpoints
 RANK = flow.env.get_rank()
@@ -135,7 +140,9 @@ def interrupt(signum, _):
         for path in unfinished:
             path.unlink(missing_ok=True)
         if RANK == 0:
-            os.write(2, os.fsencode(f"\ninterrupted: {kept}\n"))  # print() may be at work already
+            os.write(
+                STDERR, os.fsencode(f"\ninterrupted: {kept}\n")
+            )  # print() may be at work already
         os._exit(128 + signum)
     if signum == signal.SIGTERM:  # a DataLoader's worker, which ends with us after Ctrl-C
         os._exit(0)
@@ -360,7 +367,9 @@ def add_cpu_kernels(parser):
 def as_flags(saved, given):
     """A checkpoint's training arguments as command-line flags, so that argparse checks them."""
     names = RESUMED if given.val_path else (*RESUMED, "val_count")
-    flags = ["--bilinear"] if saved.get("bilinear") is True else []
+    flags = [f"--{name}" for name in ("bilinear", "amp") if saved.get(name) is True]
+    if not hasattr(given, "amp"):
+        flags = [flag for flag in flags if flag != "--amp"]
     for name in names:
         if isinstance(saved.get(name), int | float | str):
             flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
@@ -514,6 +523,8 @@ def train_one_epoch(net, loader, step, device, epoch):
     it, a tensor (N,). Raises FloatingPointError when one is not finite: the net is spoilt then,
     what is on the disk is not.
     """
+    if WORLD_SIZE > 1 and not isinstance(loader.sampler, DistributedSampler):
+        raise InputError("this script trains in one process: launch ddp_train.py in several")
     began = time.monotonic()
     net.train()
     loss_sum, samples, place = 0.0, 0, RANK
@@ -537,6 +548,8 @@ def train_one_epoch(net, loader, step, device, epoch):
                 place += WORLD_SIZE
             bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
             bar.update()
+    for parameter in net.parameters():
+        parameter.numpy()  # waits for the last step, which OneFlow may not have finished
     if WORLD_SIZE > 1:
         # Running statistics are each rank's own until the next forward fetches rank 0's. Fetch
         # them now: validation and checkpoint then see one net.
@@ -792,8 +805,8 @@ def resume(args, net, optimizer):
     state["state"]["step"] = step
     optimizer.load_state_dict(state)
     saved = metadata.get("arguments") or {}
-    for name in ("data_digest", "processes", *RESUMED, "val_count", "augment"):
-        mine = getattr(args, name)
+    for name in ("data_digest", "processes", *RESUMED, "val_count", "augment", "amp"):
+        mine = getattr(args, name, False)
         if RANK == 0 and name in saved and saved[name] != mine:
             change = "other slices" if name == "data_digest" else f"{name} {saved[name]} -> {mine}"
             print(f"not as {args.resume} was trained: {change}")

@@ -119,7 +119,8 @@ unet_env() {
     if [ $failed = 0 ]; then
         # As bin/activate does, but that breaks when the folder is moved.
         export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
-        export GLOG_minloglevel=3 # no messages about a missing CUDA driver; what is fatal is shown
+        export GLOG_minloglevel=2 # no warnings
+        [ -e /dev/nvidia0 ] || GLOG_minloglevel=3 # nor errors about a missing CUDA driver
         local blas=${OPENBLAS_CORETYPE:-$(cat .venv/blas)}
         [ -z "$blas" ] || export OPENBLAS_CORETYPE=$blas
     fi

@@ -9,7 +9,9 @@
 can be begun by one script and resumed by the other.
 
 On a CPU the graph runs OneFlow's own kernels, several times slower than cpu_kernels.py, which
-computes in NumPy, where no graph can look: train with TrainUnetDataSet.py there.
+computes in NumPy, where no graph can look: train with TrainUnetDataSet.py there. Each shape of a
+batch takes seconds to compile and memory of its own: train on squares (--crop), not on whole slices
+of many sizes. --amp scales the loss, and no checkpoint holds by how much: it finds that out anew.
 """
 
 import engine
@@ -26,7 +28,8 @@ class TrainGraph(nn.Graph):
 
     It works on the net's own tensors and on Adam's, so that graphs of other shapes (a short last
     batch), validation and checkpoints see what it has done. `count`: the steps done so far, int64
-    (1,), which all graphs share too.
+    (1,), which all graphs share too. It drives the schedule and Adam's bias correction alike, so
+    a run resumed with another number of steps an epoch differs from an eager one at first.
     """
 
     def __init__(self, net, criterion, optimizer, schedule, count, amp):
@@ -52,8 +55,9 @@ class TrainGraph(nn.Graph):
         return losses
 
 
-def keep_count(net, optimizer, schedule, steps):
-    """Count the graph's steps where eager ones count themselves."""
+def keep_count(net, optimizer, schedule, count):
+    """Count the graphs' steps since the last call where eager ones count themselves."""
+    steps = int(count.numpy()[0]) - schedule.last_step
     for name, buffer in net.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer += steps
@@ -96,7 +100,7 @@ def Train_Unet(args):
         engine.seed_epoch(args.seed, epoch)
         train_set.epoch = epoch
         trained = engine.train_one_epoch(net, loader, step, device, epoch)
-        keep_count(net, optimizer, schedule, len(loader))
+        keep_count(net, optimizer, schedule, count)
         scores = engine.validate(args, net, val_set, criterion, device, epoch)
         best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
 

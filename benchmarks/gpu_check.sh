@@ -14,14 +14,15 @@ device=${1:-cuda}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-width=64 batch=16 count=2 epochs=5 repeat=8
+width=64 batch=16 epochs=5
 if [ "$device" = cuda ]; then
-    # Says what is missing, and ends the script, where there is no GPU.
-    python3 benchmarks/graph_step.py --device cuda --base_channels $width --batch_size $batch
-    count=$(nvidia-smi --list-gpus | wc -l)
+    # Ends the script, and says why, where there is no GPU.
+    python3 benchmarks/graph_step.py --device cuda --base_channels $width --batch_size 4
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    count=$(python3 -c 'import dataloader, oneflow; print(oneflow.cuda.device_count())')
+    repeat=$((64 * count)) # so that an epoch has 64 steps on all GPUs together
 else
-    width=4 batch=2 epochs=2 repeat=1
+    width=4 batch=2 epochs=2 count=2 repeat=1
     python3 benchmarks/graph_step.py --device cpu --base_channels $width --crop 64 --rounds 2
 fi
 python3 data/prepare.py sample --out "$folder" >/dev/null
@@ -35,7 +36,8 @@ run() {
         tail -n 1 "$folder/log.csv" |
             awk -F, -v name="$1" '{ print "| " name " | " $NF " | " $2 " | " $3 " | " $5 " |" }'
     else
-        echo "| $1 | failed: $(tail -n 1 "$folder/output.txt") | | | |"
+        echo "| $1 | failed, see above | | | |"
+        cat "$folder/output.txt" >&2
     fi
 }
 echo "| $device, $width channels, batch $batch | images/s | train loss | validation loss | V_Rand |"

@@ -14,7 +14,7 @@ workers for which there are cores. Settings take turns, in rounds; the table has
 - `synchronising` is how much longer the wrapped net's step takes than that, waiting included.
 
 The steps of both nets alternate. `to one process` is the images a second of all processes, over
-those of one process that has all the cores, with the same batch and workers.
+those of one process with the most threads of --threads, with the same batch and workers.
 """
 
 import itertools

@@ -206,6 +206,34 @@ def test_an_interrupt_at_any_moment(slices, tmp_path, request):
     assert said
 
 
+def test_an_interrupt_is_answered_while_slices_are_checked(slices, tmp_path):
+    """Ctrl-C says what is kept then too, though what OpenCV would print is silenced."""
+    script = """
+import sys, time
+import engine, dataloader
+
+def slow(*where):
+    print("reading", flush=True)
+    time.sleep(60)
+
+dataloader.decode = slow
+engine.run(lambda: dataloader.SelfDataSet("data/train_image"))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "reading\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "\ninterrupted: nothing was finished, nothing is kept\n"
+
+
 # A bare loop with OneFlow's own Adam; prints the memory in use, kB, after each 30 steps.
 BARE = """
 import sys

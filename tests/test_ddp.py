@@ -6,11 +6,15 @@ import socket
 import subprocess
 import time
 
+import engine
 from conftest import ROOT, launch, launch_command, one_line, script, train
 from test_training import assert_same_checkpoint, metadata_of, rows_of
 
 import numpy as np
 import pytest
+from oneflow import nn
+from oneflow.utils.data import DataLoader
+from oneflow.utils.data.distributed import DistributedSampler
 
 # ddp_train.py under watch: every rank writes down its weights after each epoch and what it adds to
 # the sums over the ranks; WHAT says what goes wrong on rank WHO in the second epoch.
@@ -94,6 +98,33 @@ def test_processes_train_one_net(processes, slices, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "count, processes, batch", [(30, 4, 4), (30, 4, 3), (3, 8, 2), (10_007, 2, 4)]
+)
+def test_every_slice_is_seen_and_counts_once(count, processes, batch, monkeypatch):
+    """Dealt out to the ranks, each slice is trained on in an epoch, and counts once in the loss."""
+    numbers = np.arange(count, dtype=np.float32)
+    slices = [(number.reshape(1, 1, 1), np.ones((1, 1, 1), np.float32)) for number in numbers]
+    seen, sums = [], []
+
+    def step(image, label, weight):
+        seen.extend(image.numpy().ravel())
+        return image.reshape(-1)
+
+    monkeypatch.setattr(engine, "WORLD_SIZE", processes)
+    monkeypatch.setattr(engine, "sum_over_ranks", lambda *values: sums.append(values) or (1, 1))
+    for rank in range(processes):
+        monkeypatch.setattr(engine, "RANK", rank)
+        sampler = DistributedSampler(slices, processes, rank, seed=0)
+        sampler.set_epoch(3)
+        loader = DataLoader(slices, batch, sampler=sampler)
+        engine.train_one_epoch(nn.Module(), loader, step, "cpu", 3)
+    assert set(seen) == set(numbers)
+    loss_sum, samples = np.sum(sums, axis=0)
+    assert samples == count
+    assert loss_sum == pytest.approx(numbers.sum())
+
+
 # Writes down the gradients of a first step on 4 slices, dealt out to the ranks.
 FIRST_STEP = """
 import numpy as np
@@ -133,9 +164,11 @@ def test_gradients_are_those_of_the_whole_batch(slices, tmp_path):
     for processes in (2, 4):
         for rank in range(processes):
             part = np.load(tmp_path / f"of{processes}-rank{rank}.npz")
-            for name in whole.files:
-                distance = np.linalg.norm(part[name] - whole[name])
-                assert distance <= 1e-6 * max(np.linalg.norm(whole[name]), 1), name
+            difference, gradient = (
+                np.concatenate([array.ravel() for array in arrays])
+                for arrays in ([part[n] - whole[n] for n in whole.files], whole.values())
+            )
+            assert np.linalg.norm(difference) <= 1e-6 * np.linalg.norm(gradient)
 
 
 def test_one_process_equals_one_device(slices, tmp_path):

@@ -1,8 +1,9 @@
 """The static graph against eager training: python3 -m pytest tests/test_graph.py"""
 
 import shutil
+import subprocess
 
-from conftest import SMALL, one_line, script
+from conftest import ROOT, SMALL, one_line, script
 from test_training import assert_same_checkpoint, metadata_of, rows_of, tensors_of
 
 import numpy as np
@@ -10,14 +11,15 @@ import pytest
 
 EAGER, GRAPH = "TrainUnetDataSet.py", "graph_train.py"
 LAST = "checkpoints/last.safetensors"
-# The same kernels in both; 5 slices, 3 times each, in batches of 4: the last one is short.
-FLAGS = ("--cpu_kernels", "off", "--crop", 32, "--val_count", 1, "--repeat", 3)
+# 5 slices, 3 times each, in batches of 4: the last one is short.
+FLAGS = ("--crop", 32, "--val_count", 1, "--repeat", 3)
 
 
 def run(name, slices, folder, *flags):
-    """Train in the folder, which is made; returns it."""
+    """Train in the folder, which is made, on OneFlow's own kernels; returns it."""
     folder.mkdir(exist_ok=True)
-    done = script(name, *SMALL, *FLAGS, "--data_path", slices, *flags, cwd=folder)
+    kernels = ("--cpu_kernels", "off") if name == EAGER else ()  # a graph's are always those
+    done = script(name, *SMALL, *FLAGS, *kernels, "--data_path", slices, *flags, cwd=folder)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder
 
@@ -63,6 +65,26 @@ def test_checkpoints_go_both_ways(slices, tmp_path):
     assert_same_checkpoint(ends[GRAPH, GRAPH] / LAST, whole / LAST)
     for end in ends.values():
         assert_close(end, ends[EAGER, EAGER])
+
+
+def test_the_check_of_gpus_is_rehearsed(request):
+    """benchmarks/gpu_check.sh without a GPU, --long only: each way trains but mixed precision."""
+    if not request.config.getoption("--long"):
+        pytest.skip("with --long only")
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[-4:]]
+    assert [row[0] for row in rows] == [
+        "| one device",
+        "| 2 processes",
+        "| graph",
+        "| graph, --amp",
+    ]
+    losses = [float(row[2]) for row in rows[:3]]
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)
+    assert "failed" in rows[3][1] and "needs a GPU" in done.stderr
 
 
 def test_mixed_precision_is_for_gpus(slices, tmp_path):
