@@ -1,5 +1,6 @@
 """Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
 
+import dataloader
 from conftest import write_pairs
 from dataloader import (
     AUGMENTATIONS,
@@ -183,3 +184,14 @@ def test_unusable_folders(tmp_path, slices):
     (slices / "0.tif").write_bytes((slices / "0.png").read_bytes())
     with pytest.raises(InputError, match="same name"):
         list_slices(slices)
+
+
+def test_border_weights_take_bounded_memory(slices, monkeypatch):
+    """Those that are not kept are computed anew, and are the same."""
+    kept = SelfDataSet(slices, border_weight=10)
+    monkeypatch.setattr(dataloader, "KEPT_WEIGHTS", 2 * kept[0][2].nbytes)
+    bounded = SelfDataSet(slices, border_weight=10)
+    assert len(kept.weights) == 6
+    assert 2 <= len(bounded.weights) < 6  # each of up to 4 threads may keep one at the bound
+    for i in range(6):
+        np.testing.assert_array_equal(kept[i][2], bounded[i][2])
