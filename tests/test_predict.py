@@ -171,7 +171,7 @@ def test_weights_in_the_box():
     assert not moments
     net, _ = engine.net_of_checkpoint(boxed)
     assert net.base_channels == metadata["model"]["base_channels"]
-    assert metadata["threshold"] == 0.4  # as README says
+    assert metadata["threshold"] == 0.5  # as README says
     assert metadata["arguments"]["data_path"] == "data/train_image"
     # It tells a dark line from a light cell, whatever the contrast.
     image = np.full((128, 128), 180, np.uint8)
