@@ -851,7 +851,10 @@ def start_log(args, first_epoch):
     except OSError:
         pass  # a file system without locks, as some that are shared
     if last.exists() and not args.resume:
-        print(f"the checkpoints beside {last} and {log} are replaced (--resume {last} goes on)")
+        print(
+            f"begins anew: replaces {log} now, {last} and best.safetensors after the first epoch "
+            f"(--resume {last} would go on)"
+        )
     lines, rows = [], []
     for path in (log, table, last, last.with_name("best.safetensors")):
         unfinished_file(path).unlink(missing_ok=True)  # of a run that was killed

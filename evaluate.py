@@ -125,7 +125,7 @@ def main():
             continue
         bar = tqdm(proposal, name.replace("_", " "), len(label_files), leave=False, disable=None)
         results[name] = evaluate(bar, (read_label(*file) > 0 for file in label_files))
-    print(f"{f'{len(label_files)} slices':20}    best    at  at 0.5", end="")
+    print(f"{f'{len(label_files)} slices':20}    best    P>  at 0.5", end="")
     floors = [name for name in results if name != "prediction"]
     print("".join(f"{name.replace('_', ' '):>16}" for name in floors))
     middle = list(THRESHOLDS).index(0.5)

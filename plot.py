@@ -93,7 +93,8 @@ def main():
         draw(*losses, args.out)
     except (OSError, ValueError) as error:
         fail(f"{args.out}: can't be written ({error})")
-    print(f"{args.out}: {len(losses[0])} epochs of {log}")
+    count = len(losses[0])
+    print(f"{args.out}: {count} epoch{'s' * (count != 1)} of {log}")
 
 
 if __name__ == "__main__":
