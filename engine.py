@@ -140,9 +140,8 @@ def interrupt(signum, _):
         for path in unfinished:
             path.unlink(missing_ok=True)
         if RANK == 0:
-            os.write(
-                STDERR, os.fsencode(f"\ninterrupted: {kept}\n")
-            )  # print() may be at work already
+            # Not print(), which may be at work already.
+            os.write(STDERR, os.fsencode(f"\ninterrupted: {kept}\n"))
         os._exit(128 + signum)
     if signum == signal.SIGTERM:  # a DataLoader's worker, which ends with us after Ctrl-C
         os._exit(0)
