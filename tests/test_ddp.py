@@ -258,6 +258,14 @@ def test_bad_input_ends_the_job(tmp_path):
     assert plain.returncode == 2
 
 
+def test_only_one_twin_is_for_several_processes(slices, tmp_path):
+    """The others, launched in several, would each train on all slices: they say so."""
+    done = launch(ROOT / "TrainUnetDataSet.py", "--data_path", slices, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "TrainUnetDataSet.py: this script trains in one process" in done.stderr
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_ranks_with_other_slices_end_the_job(slices, tmp_path):
     """A rank whose folder holds fewer slices, or other pixels, ends the job before it starts."""
     for case in ("fewer", "other"):
