@@ -32,11 +32,13 @@ NumPy that ends while another thread is in Python waits some 20 microseconds, so
 long. Sums don't depend on which thread was faster: with the same number of threads a run repeats
 bit for bit.
 
-**Memory.** A DoubleConv keeps its inputs and the outputs of its two convolutions, and computes the
-rest again in its backward pass. OneFlow reads arrays when it pleases, so one that it was given is
-never written to again. Arrays named by scratch() never leave this file; each thread keeps its own,
-as large as the largest that was needed. From the first accelerate() on, the whole process keeps
-freed memory for itself, and all of NumPy multiplies matrices on the calling thread only.
+**Memory.** Kernels hand each other images whose channels are last in memory; their tensors are
+(N, C, H, W) as ever, but not contiguous. A DoubleConv keeps its inputs and the outputs of its two
+convolutions, and computes the rest again in its backward pass. OneFlow reads arrays when it
+pleases, so one that it was given is never written to again. Arrays named by scratch() never leave
+this file; each thread keeps its own, as large as the largest that was needed. From the first
+accelerate() on, the whole process keeps freed memory for itself, and all of NumPy multiplies
+matrices on the calling thread only.
 
 **What changes.** An accelerated module can be differentiated once: a second backward pass and
 gradients of gradients raise RuntimeError. A DoubleConv with hooks on the modules inside it, tensors
@@ -529,10 +531,30 @@ def pieces_of(x):
     return pieces(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def lines(x, piece):
-    """The view (rows, W C) of a piece of (N, H, W, C)."""
+def lines(x, piece, name="last"):
+    """A piece of (N, H, W, C), its numbers in the order of memory if that is possible: (rows, W C).
+
+    A view where channels are last in memory too, else scratch memory of that name.
+    """
     n, a, b = piece
-    return x[n, a:b].reshape(b - a, -1)
+    _, _, width, channels = x.shape
+    if channels == 1 or x.strides[2:] == (4 * channels, 4):
+        return x[n, a:b].reshape(b - a, -1)
+    part = scratch(name, (b - a) * width, channels)
+    return cv2.transpose(planes(x, piece), part).reshape(b - a, -1)
+
+
+def planes(x, piece):
+    """The view (C, pixels) of a piece of (N, H, W, C) whose channels are first in memory."""
+    n, a, b = piece
+    _, height, width, channels = x.shape
+    whole = x[n].transpose(2, 0, 1).reshape(channels, height * width)
+    return whole[:, a * width : b * width]
+
+
+def channels_first(images, height, width, channels):
+    """An uninitialised (N, H, W, C) of which planes() can be written."""
+    return np.empty((images, channels, height, width), np.float32).transpose(0, 2, 3, 1)
 
 
 def along(x, values):
@@ -576,8 +598,8 @@ class Normalisation:
         self.scale = gamma * self.inverse + 0.0  # no negative zero
         self.shift = beta - self.scale * self.mean
 
-    def output(self, place, then=lambda piece, y: None):
-        """Write all pieces of y to the lines place(piece), and call then(piece, those lines)."""
+    def output(self, y):
+        """Write y (N, H, W, C)."""
         scale, shift = along(self.x, self.scale), along(self.x, self.shift)
         zeros = np.zeros_like(shift)  # NumPy compares arrays faster than numbers
 
@@ -585,12 +607,12 @@ class Normalisation:
             x = lines(self.x, piece)
             value = np.multiply(x, scale, out=scratch("value", *x.shape))
             value += shift
-            then(piece, np.maximum(value, zeros, out=place(piece)))
+            np.maximum(value, zeros, out=lines(y, piece))
 
         parallel(work, pieces_of(self.x))
 
     def gradient(self, dy, dx):
-        """dy(piece) gives lines of dy. Writes dx; returns the gradients of gamma, beta and bias."""
+        """dy -> writes dx, both (N, H, W, C); returns the gradients of gamma, beta and bias."""
         scale = along(self.x, self.scale)
         # scale x + shift > 0 <=> x > -shift / scale, or for negative scales the opposite
         threshold = along(self.x, -self.shift / self.scale)
@@ -599,7 +621,7 @@ class Normalisation:
 
         def mask(*piece):
             x, masked = lines(self.x, piece), lines(dx, piece)
-            np.multiply(dy(piece), (x > threshold) ^ negative, out=masked)
+            np.multiply(lines(dy, piece), (x > threshold) ^ negative, out=masked)
             sums = sum_lines(masked), np.einsum("ij,ij->j", masked, x)
             return [of_channels(columns, self.x) for columns in sums]
 
@@ -652,25 +674,13 @@ def statistics(x):
 class Kernel:
     """Computes one call of a module; forward() leaves in it what backward() needs.
 
-    forward: `inputs` inputs and the parameters, as arrays -> output. backward: its gradient ->
-    theirs, arrays of any shape, or None for what is not `needed`.
+    forward: `inputs` images and the parameters, as arrays -> an image. backward: its gradient ->
+    theirs, those of parameters in any shape, or None for what is not `needed`. Images are
+    (N, H, W, C); in memory, those of other modules may have their channels first.
     """
 
     def __init__(self, module, inputs, needed):
         self.module, self.inputs, self.needed = module, inputs, needed
-
-
-def planes(image, piece):
-    """The view (C, pixels) of a piece's rows in an image (N, C, H, W)."""
-    n, a, b = piece
-    _, channels, height, width = image.shape
-    return image[n].reshape(channels, height * width)[:, a * width : b * width]
-
-
-def channels_last(image, piece):
-    """A piece of (N, C, H, W) -> (pixels, C), in scratch memory."""
-    part = planes(image, piece)
-    return cv2.transpose(part, scratch("last", *part.shape[::-1]))
 
 
 class DoubleConvolution(Kernel):
@@ -679,8 +689,7 @@ class DoubleConvolution(Kernel):
     def forward(self, *arrays):
         self.images, self.parameters = arrays[: self.inputs], arrays[self.inputs :]
         w1, bias1, gamma1, beta1, w2, bias2, gamma2, beta2 = self.parameters
-        images, _, height, width = self.images[0].shape
-        self.grid = Grid(images, height, width)
+        self.grid = Grid(*self.images[0].shape[:3])
         x = correlate(self.grid, self.padded_images(), w1)
         self.first = Normalisation(self.module.double_conv[1], bias1, x, gamma1, beta1)
         middle = self.padded_middle()
@@ -688,24 +697,21 @@ class DoubleConvolution(Kernel):
             self.first = x = None  # only a backward pass would ask for it
         x = correlate(self.grid, middle, w2)
         self.second = Normalisation(self.module.double_conv[4], bias2, x, gamma2, beta2)
-        y = np.empty((images, len(w2), height, width), np.float32)
-        self.second.output(
-            lambda piece: scratch("y", piece[2] - piece[1], width * len(w2)),
-            lambda piece, part: cv2.transpose(part.reshape(-1, len(w2)), planes(y, piece)),
-        )
+        y = np.empty(x.shape, np.float32)
+        self.second.output(y)
         return y
 
     def padded_images(self):
-        padded = self.grid.padded("padded", sum(image.shape[1] for image in self.images))
+        padded = self.grid.padded("padded", sum(image.shape[3] for image in self.images))
         inside = self.grid.inside(padded)
 
         def write(*piece):
             n, a, b = piece
             channel = 0
             for image in self.images:
-                last = channels_last(image, piece).reshape(b - a, -1, image.shape[1])
-                inside[n, a:b, :, channel : channel + last.shape[2]] = last
-                channel += last.shape[2]
+                part = lines(image, piece).reshape(b - a, -1, image.shape[3])
+                inside[n, a:b, :, channel : channel + part.shape[2]] = part
+                channel += part.shape[2]
 
         parallel(write, pieces_of(inside))
         return padded
@@ -713,8 +719,7 @@ class DoubleConvolution(Kernel):
     def padded_middle(self):
         """What goes from the first half into the second."""
         padded = self.grid.padded("padded", self.first.x.shape[3])
-        inside = self.grid.inside(padded)
-        self.first.output(lambda piece: lines(inside, piece))
+        self.first.output(self.grid.inside(padded))
         return padded
 
     def backward(self, dy):
@@ -723,99 +728,94 @@ class DoubleConvolution(Kernel):
         dw1 = dw2 = None
         images = [None] * self.inputs
 
-        def dy_lines(piece):
-            return channels_last(dy, piece).reshape(piece[2] - piece[1], -1)
-
         # Arrays that are done with are let go of at once: here memory use is highest.
-        dx2 = self.grid.padded("padded gradient", dy.shape[1])
-        dgamma2, dbeta2, dbias2 = self.second.gradient(dy_lines, self.grid.inside(dx2))
+        dx2 = self.grid.padded("padded gradient", dy.shape[3])
+        dgamma2, dbeta2, dbias2 = self.second.gradient(dy, self.grid.inside(dx2))
         self.second = None
         if w2_needed:
             dw2 = weight_gradient(self.grid, self.padded_middle(), dx2)
         middle = correlate(self.grid, dx2, w2, turned=True)
 
         dx1 = self.grid.padded("padded gradient", middle.shape[3])  # dx2's memory
-        dgamma1, dbeta1, dbias1 = self.first.gradient(
-            lambda piece: lines(middle, piece), self.grid.inside(dx1)
-        )
+        dgamma1, dbeta1, dbias1 = self.first.gradient(middle, self.grid.inside(dx1))
         self.first = middle = None
         if w1_needed:
             dw1 = weight_gradient(self.grid, self.padded_images(), dx1)
         if any(images_needed):
             dx = correlate(self.grid, dx1, w1, turned=True)
-            images = [np.empty(image.shape, np.float32) for image in self.images]
-
-            def write(*piece):
-                part = lines(dx, piece).reshape(-1, dx.shape[3])
-                for image in images:
-                    cv2.transpose(part[:, : image.shape[1]], planes(image, piece))
-                    part = part[:, image.shape[1] :]
-
-            parallel(write, pieces_of(dx))
+            images = self.parts(dx) if self.inputs > 1 else [dx]
         return *images, dw1, dbias1, dgamma1, dbeta1, dw2, dbias2, dgamma2, dbeta2
+
+    def parts(self, dx):
+        """dx cut into those of the inputs."""
+        # In a U-Net the first input feeds a pooling as well. OneFlow adds the two gradients, for
+        # which channels first is its way; with others it takes 20 times as long.
+        skip, *others = self.images
+        parts = [channels_first(*skip.shape)]
+        parts += [np.empty(image.shape, np.float32) for image in others]
+
+        def write(*piece):
+            n, a, b = piece
+            channel = skip.shape[3]
+            pixels = lines(dx, piece).reshape(-1, dx.shape[3])
+            cv2.transpose(pixels[:, :channel], planes(parts[0], piece))
+            for part in parts[1:]:
+                part[n, a:b] = dx[n, a:b, :, channel : channel + part.shape[3]]
+                channel += part.shape[3]
+
+        parallel(write, pieces_of(dx))
+        return parts
 
 
 class TransposedConvolution(Kernel):
     """nn.ConvTranspose2d with a 2x2 kernel and stride 2: every pixel becomes 2x2 pixels.
 
-    Channels last, a pixel of C numbers times a (C, 2 K) matrix is two pixels of K numbers that
-    follow each other, in an even line of the output; another matrix gives those in the odd line.
+    A pixel of C numbers times a (C, 2 K) matrix is two pixels of K numbers that follow each other,
+    in an even line of the output; another matrix gives those in the odd line.
     """
 
     def forward(self, x, weights, bias):
         self.x = x
-        images, channels, height, width = x.shape
+        images, height, width, channels = x.shape
         count = weights.shape[1]
         # (line, C, pixel K)
         self.weights = np.ascontiguousarray(weights.transpose(2, 0, 3, 1)).reshape(2, channels, -1)
-        biases = np.tile(bias, 2)
-        y = np.empty((images, count, height, 2, 2 * width), np.float32)
+        biases = np.tile(bias, 2 * width)
+        y = np.empty((images, 2 * height, width, 2 * count), np.float32)
 
         def work(n, a, b):
-            pixels = channels_last(x, (n, a, b))
-            pairs = scratch("pairs", len(pixels), 2 * count)
-            line = scratch("line", count, b - a, 2 * width)
+            pixels = lines(x, (n, a, b)).reshape(b - a, width, channels)
             for i in range(2):
-                np.matmul(pixels, self.weights[i], out=pairs)
-                np.add(pairs, biases, out=pairs)
-                cv2.transpose(pairs.reshape(-1, count), line.reshape(count, -1))
-                y[n, :, a:b, i] = line
+                np.matmul(pixels, self.weights[i], out=y[n, 2 * a + i : 2 * b : 2])
+            part = lines(y, (n, 2 * a, 2 * b))
+            part += biases
 
         parallel(work, pieces(images, height, 4 * width * count))
-        return y.reshape(images, count, 2 * height, 2 * width)
+        return y.reshape(images, 2 * height, 2 * width, count)
 
     def backward(self, dy):
-        images, channels, height, width = self.x.shape
-        count = dy.shape[1]
-        dy = dy.reshape(images, count, height, 2, 2 * width)
-        last = np.empty((2, images, height, width, 2 * count), np.float32)
-        dx, dw = np.empty(self.x.shape, np.float32), np.zeros_like(self.weights)
+        images, height, width, channels = self.x.shape
+        count = dy.shape[3]
+        dx = np.empty(self.x.shape, np.float32)
+        jobs = pieces(images, height, 4 * width * count)
 
-        def work(n, a, b):
-            line = scratch("line", count, b - a, 2 * width)
-            dpixels = scratch("pixels", (b - a) * width, channels)
-            odd = scratch("odd", *dpixels.shape)
-            dbias = 0
-            for i, out in enumerate((dpixels, odd)):
-                line[...] = dy[n, :, a:b, i]
-                dbias += line.sum((1, 2))
-                pairs = last[i, n, a:b].reshape(-1, 2 * count)
-                cv2.transpose(line.reshape(count, -1), pairs.reshape(-1, count))
-                np.matmul(pairs, self.weights[i].T, out=out)
-            dpixels += odd
-            cv2.transpose(dpixels, planes(dx, (n, a, b)))
-            return dbias
+        def work(first, last):
+            dw, dbias = np.zeros_like(self.weights), 0
+            for n, a, b in jobs[first:last]:
+                x = lines(self.x, (n, a, b), "x").reshape(-1, channels)
+                out = dx[n, a:b].reshape(-1, channels)
+                dy_lines = lines(dy, (n, 2 * a, 2 * b))
+                dbias = dbias + of_channels(sum_lines(dy_lines), dy)
+                pairs, more = scratch("pairs", len(x), 2 * count), scratch("more", *x.shape)
+                for i, target in enumerate((out, more)):
+                    pairs.reshape(b - a, -1)[...] = dy_lines[i::2]
+                    np.matmul(pairs, self.weights[i].T, out=target)
+                    dw[i] += x.T @ pairs
+                out += more
+            return dw, dbias
 
-        dbias = sum(parallel(work, pieces(images, height, 4 * width * count)))
-
-        def of_weights(i, a, b):
-            for n in range(images):
-                dw[i, a:b] += self.x[n, a:b].reshape(b - a, -1) @ last[i, n].reshape(-1, 2 * count)
-
-        parallel(
-            of_weights,
-            [(i, *some) for i in range(2) for some in shares(channels, ceil(channels / THREADS))],
-        )
+        results = parallel(work, spans(len(jobs), ceil(len(jobs) / THREADS)))
+        dw, dbias = map(sum, zip(*results, strict=True))
         dw = dw.reshape(2, channels, 2, count).transpose(1, 3, 0, 2)
         return dx, dw, dbias
 
@@ -824,40 +824,28 @@ class PointwiseConvolution(Kernel):
     """nn.Conv2d with a 1x1 kernel."""
 
     def forward(self, x, weights, bias):
-        self.x, self.weights = x, weights
-        images, _, height, width = x.shape
-        y = np.empty((images, len(weights), height, width), np.float32)
+        self.x, self.weights = x, weights[:, :, 0, 0]
+        images, height, width, channels = x.shape
+        y = channels_first(images, height, width, len(weights))  # it goes to OneFlow's operations
 
         def work(*piece):
-            part = np.matmul(weights[:, :, 0, 0], planes(x, piece))
-            np.add(part, bias[:, None], out=planes(y, piece))
+            pixels = lines(x, piece).reshape(-1, channels)
+            np.add(self.weights @ pixels.T, bias[:, None], out=planes(y, piece))
 
-        parallel(work, pieces(images, height, x.shape[1] * width))
+        parallel(work, pieces_of(x))
         return y
 
     def backward(self, dy):
-        images, channels, height, width = self.x.shape
-        flat = np.ascontiguousarray(self.weights[:, :, 0, 0].T)
+        channels = self.x.shape[3]
         dx = np.empty(self.x.shape, np.float32)
 
         def work(*piece):
             part = planes(dy, piece)
-            np.matmul(flat, part, out=planes(dx, piece))
-            return part @ planes(self.x, piece).T, part.sum(1)
+            np.matmul(part.T, self.weights, out=lines(dx, piece).reshape(-1, channels))
+            return part @ lines(self.x, piece).reshape(-1, channels), part.sum(1)
 
-        dw, dbias = zip(*parallel(work, pieces(images, height, channels * width)), strict=True)
+        dw, dbias = zip(*parallel(work, pieces_of(dx)), strict=True)
         return dx, sum(dw), sum(dbias)
-
-
-def channel_pieces(image):
-    """Index tuples (image, channels, rows) that cut (N, C, H, W) into some NUMBERS numbers each."""
-    images, channels, height, width = image.shape
-    return [
-        (n, slice(*some_channels), slice(*some_rows))
-        for n in range(images)
-        for some_channels in spans(channels, NUMBERS // max(1, height * width))
-        for some_rows in spans(height, NUMBERS // max(1, width))
-    ]
 
 
 class MaxPooling(Kernel):
@@ -865,50 +853,123 @@ class MaxPooling(Kernel):
 
     def forward(self, x):
         self.x = x
-        images, channels, height, width = x.shape
-        self.y = np.empty((images, channels, height // 2, width // 2), np.float32)
+        images, height, width, channels = x.shape
+        self.y = np.empty((images, height // 2, width // 2, channels), np.float32)
 
         def work(*piece):
-            upper, lower = self.rows(x, piece)
-            maxima = np.maximum(upper, lower)
-            np.maximum(maxima[:, :, ::2], maxima[:, :, 1::2], out=self.y[piece])
+            upper, lower = self.rows(piece)
+            maxima = np.maximum(upper, lower, out=scratch("maxima", *upper.shape))
+            maxima = maxima.reshape(len(maxima), -1, 2, channels)
+            n, a, b = piece
+            np.maximum(maxima[:, :, 0], maxima[:, :, 1], out=self.y[n, a:b])
 
-        parallel(work, channel_pieces(self.y))
+        parallel(work, pieces_of(self.y))
         return self.y
 
-    def rows(self, x, piece):
-        """Views of the upper and the lower pixels of a piece of the output."""
-        n, channels, rows = piece
-        part = x[n, channels, 2 * rows.start : 2 * rows.stop, : 2 * self.y.shape[3]]
-        return part[:, ::2], part[:, 1::2]
+    def rows(self, piece):
+        """The upper and the lower lines of the input that belong to a piece of the output."""
+        n, a, b = piece
+        part = lines(self.x, (n, 2 * a, 2 * b))
+        part = part[:, : 2 * self.y.shape[2] * self.y.shape[3]]
+        return part[::2], part[1::2]
 
     def backward(self, dy):
-        dx = np.zeros_like(self.x)  # odd sides have a row or column that belongs to no maximum
+        _, height, width, channels = self.x.shape
+        dx = channels_first(*self.x.shape)  # to be added to another, as in DoubleConvolution
+        if height % 2:
+            dx[:, -1] = 0  # an odd line or column belongs to no maximum
 
-        def work(*piece):
-            free = np.ones(dy[piece].shape, bool)
-            for x, target in zip(self.rows(self.x, piece), self.rows(dx, piece), strict=True):
+        def work(n, a, b):
+            shape = b - a, dy.shape[2], 2, channels
+            target = scratch("target", b - a, 2, width, channels)
+            target[:, :, 2 * dy.shape[2] :] = 0
+
+            def twice(name, image):
+                pair = scratch(name, *shape)
+                pair[...] = lines(image, (n, a, b)).reshape(b - a, -1, 1, channels)
+                return pair.reshape(b - a, -1)
+
+            maxima, gradient = twice("maxima", self.y), twice("gradients", dy)
+            free = np.ones((b - a, dy.shape[2], channels), bool)
+            for i, x in enumerate(self.rows((n, a, b))):
+                hit = (x == maxima).reshape(shape)
                 for j in range(2):
-                    hit = free & (x[:, :, j::2] == self.y[piece])
-                    np.multiply(dy[piece], hit, out=target[:, :, j::2])
-                    free ^= hit
+                    hit[:, :, j] &= free
+                    free ^= hit[:, :, j]
+                out = target[:, i, : 2 * dy.shape[2]].reshape(b - a, -1)
+                np.multiply(gradient, hit.reshape(b - a, -1), out=out)
+            cv2.transpose(target.reshape(-1, channels), planes(dx, (n, 2 * a, 2 * b)))
 
-        parallel(work, channel_pieces(self.y))
+        parallel(work, pieces_of(dy))
         return (dx,)
+
+
+def interpolation(size):
+    """(2 size, size): linear interpolation at 2 size places, from the first to the last of size."""
+    places = np.linspace(0, size - 1, 2 * size)
+    matrix = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(size)))
+    return matrix.astype(np.float32)
+
+
+def resample(x, rows, columns):
+    """(N, H, W, C) -> rows (H', H) times each column, columns (W', W) times each row."""
+    images, _, _, channels = x.shape
+    y = np.empty((images, len(rows), len(columns), channels), np.float32)
+
+    def band(matrix, first, last):
+        """Some rows without zeros around: where those begin and end, and the rest."""
+        used = np.flatnonzero(matrix[first:last].any(axis=0))
+        a, b = used[0], used[-1] + 1
+        return a, b, np.ascontiguousarray(matrix[first:last, a:b])
+
+    def work(n, first, last):
+        a, b, some = band(rows, first, last)
+        part = (some @ lines(x, (n, a, b))).reshape(last - first, -1, channels)
+        for left, right in spans(len(columns), 64):
+            a, b, some = band(columns, left, right)
+            np.matmul(some, part[:, a:b], out=y[n, first:last, left:right])
+
+    parallel(work, pieces_of(y))
+    return y
+
+
+class Upsampling(Kernel):
+    """nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)."""
+
+    def forward(self, x):
+        self.rows, self.columns = map(interpolation, x.shape[1:3])
+        return resample(x, self.rows, self.columns)
+
+    def backward(self, dy):
+        return (resample(dy, self.rows.T, self.columns.T),)
 
 
 # ---------------------------------------------------------------------- what OneFlow gets to see
 
 
 def run(kind, module, inputs, *tensors):
-    """A kernel's forward of the tensors, with its backward for autograd where that is needed."""
+    """A kernel's forward of the tensors, with its backward for autograd where that is needed.
+
+    Images go from kernel to kernel with their channels last in memory, as tensors (N, C, H, W)
+    that aren't contiguous. OneFlow would make them so for autograd, slowly; permuted they are.
+    """
+    images, parameters = tensors[:inputs], tensors[inputs:]
+    first = [image.is_contiguous() for image in images]
+    images = [
+        image if channels_first else image.permute(0, 2, 3, 1)
+        for image, channels_first in zip(images, first, strict=True)
+    ]
     needed = [flow.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     kernel = kind(module, inputs, needed)
-    shapes = [tensor.shape for tensor in tensors]
+    shapes = [tensor.shape for tensor in parameters]
 
     def forward(ctx, *tensors):
+        arrays = [tensor.numpy() for tensor in tensors]
+        for i in range(inputs):
+            if first[i]:
+                arrays[i] = arrays[i].transpose(0, 2, 3, 1)
         with computing():
-            return flow.from_numpy(kernel.forward(*(tensor.numpy() for tensor in tensors)))
+            return flow.from_numpy(kernel.forward(*arrays))
 
     def backward(ctx, dy):
         if flow.is_grad_enabled() or not vars(kernel):
@@ -917,20 +978,25 @@ def run(kind, module, inputs, *tensors):
                 "gradients of gradients; leave out accelerate() for that (--cpu_kernels off)"
             )
         with computing():
-            gradients = kernel.backward(dy.numpy())
+            gradients = list(kernel.backward(dy.numpy()))
         vars(kernel).clear()  # OneFlow itself keeps everything until the whole pass is done
-        return tuple(
-            flow.from_numpy(np.ascontiguousarray(gradient, np.float32).reshape(shape))
-            if wanted
-            else None
-            for gradient, shape, wanted in zip(gradients, shapes, needed, strict=True)
-        )
+        for i, gradient in enumerate(gradients):
+            if not needed[i]:
+                gradients[i] = None
+                continue
+            if i >= inputs:
+                gradient = np.ascontiguousarray(gradient, np.float32).reshape(shapes[i - inputs])
+            elif first[i]:
+                gradient = gradient.transpose(0, 3, 1, 2)
+            gradients[i] = flow.from_numpy(gradient)
+        return tuple(gradients)
 
     if not any(needed):
-        return forward(None, *tensors)
+        return forward(None, *images, *parameters).permute(0, 3, 1, 2)
     # What a class derived from autograd.Function calls. A class for each call would be a cycle of
     # references, which holds its arrays until Python looks for cycles.
-    return AutogradFunctionBase.apply("cpu_kernels", forward, backward, *tensors)
+    y = AutogradFunctionBase.apply("cpu_kernels", forward, backward, *images, *parameters)
+    return y.permute(0, 3, 1, 2)
 
 
 class Fast:
@@ -976,10 +1042,14 @@ class MaxPool2d(Fast, nn.MaxPool2d):
     stock, kernel = nn.MaxPool2d, MaxPooling
 
 
+class Upsample(Fast, nn.Upsample):
+    stock, kernel = nn.Upsample, Upsampling
+
+
 def setup(module):
     """All that decides what a module computes, but for numbers that the kernels ask it for."""
     names = "kernel_size stride padding dilation groups output_padding padding_mode ceil_mode"
-    names += " return_indices affine track_running_stats"
+    names += " return_indices affine track_running_stats size scale_factor mode align_corners"
     values = [getattr(module, name, None) for name in names.split()]
     has_bias = getattr(module, "bias", None) is not None
     cumulative = getattr(module, "momentum", 0) is None
@@ -1026,6 +1096,7 @@ def accelerate(net):
         ConvTranspose2d: nn.ConvTranspose2d(1, 1, 2, stride=2),
         Conv2d: nn.Conv2d(1, 1, 1),
         MaxPool2d: nn.MaxPool2d(2),
+        Upsample: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
     }
     for module in net.modules():
         for fast, example in examples.items():

@@ -17,6 +17,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from oneflow import nn
+from oneflow.nn import functional as F
 
 # float32 against float64. A ReLU whose input is 0 up to rounding may open in one and not in the
 # other: on images this small that moves gradients by up to some per cent, else they agree to 1e-5.
@@ -321,6 +322,47 @@ def test_threads_that_cannot_start_are_tried_again(threads, monkeypatch):
     assert cpu_kernels.parallel(pow, [(2, 3), (2, 4)]) == [8, 16]
 
 
+def small_modules():
+    return [
+        nn.Conv2d(2, 3, 1),
+        nn.ConvTranspose2d(2, 3, 2, stride=2),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+    ]
+
+
+def test_any_order_in_memory():
+    """Images and gradients with channels last in memory, first, or cut out of larger ones."""
+
+    def last(x):
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+    def cut(x):
+        return F.pad(x, (1, 2, 3, 4))[:, :, 3:-4, 1:-2]
+
+    net = DoubleConv(2, 3).eval()  # in training, OneFlow's own gradients are poor
+    for module in [*small_modules(), net]:
+        stock = nn.Sequential(module)
+        fast = accelerate(copy.deepcopy(stock))
+        for height, width in ((9, 7), (8, 1), (2, 8)):
+            if width == 1 and isinstance(module, nn.MaxPool2d):
+                continue  # nothing to pool
+            array = normal(2, 2, height, width)
+            results = []
+            for some in (stock, fast):
+                for order in (flow.Tensor.contiguous, last, cut):
+                    image = flow.tensor(array, requires_grad=True)
+                    output = some(order(image))
+                    weights = flow.tensor(normal(*output.shape, seed=1))
+                    (order(output) * weights).sum().backward()
+                    gradients = [p.grad.numpy().copy() for p in (image, *some.parameters())]
+                    results.append([F.relu(output).numpy(), output.numpy(), *gradients])
+                    some.zero_grad()
+            for result in results[1:]:
+                for array_, wanted in zip(result, results[0], strict=True):
+                    np.testing.assert_allclose(array_, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_leaves_alone_what_it_does_not_know(monkeypatch):
     """Other modules and setups, other types, and machines that don't fit stay as they are."""
     unknown = [
@@ -331,6 +373,8 @@ def test_leaves_alone_what_it_does_not_know(monkeypatch):
         nn.ConvTranspose2d(2, 2, 2, stride=2, groups=2),
         nn.MaxPool2d(2, stride=1),
         nn.MaxPool2d(2, ceil_mode=True),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        nn.Upsample(scale_factor=3, mode="bilinear", align_corners=True),
     ]
     for change in ({3: nn.Conv2d(2, 2, 5, padding=2)}, {1: nn.BatchNorm2d(2, momentum=None)}):
         block = DoubleConv(2, 2)
@@ -341,8 +385,7 @@ def test_leaves_alone_what_it_does_not_know(monkeypatch):
         kind = type(module)
         assert type(accelerate(nn.Sequential(module))[0]) is kind, module
 
-    known = [nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(2, 3, 2, stride=2), nn.MaxPool2d(2)]
-    for module in [*known, DoubleConv(2, 3)]:
+    for module in [*small_modules(), DoubleConv(2, 3)]:
         kind = type(module)
         double = nn.Sequential(copy.deepcopy(module)).to(flow.float64)
         assert isinstance(accelerate(double)[0], kind) and type(double[0]) is not kind
@@ -377,6 +420,7 @@ def test_no_array_is_reused():
         nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2)),
         nn.Sequential(nn.Conv2d(3, 2, 1)),
         nn.Sequential(nn.MaxPool2d(2)),
+        nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
     ):
         accelerate(net)
         kept, copies = [], []
