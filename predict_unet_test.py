@@ -59,7 +59,7 @@ def predict_tiled(net, image, device, tile):
         return predict(net, image, device)
     step = tile - 2 * MARGIN
     bottom, right = -height % step + MARGIN, -width % step + MARGIN
-    padded = np.pad(image, ((MARGIN, bottom), (MARGIN, right)), mode="symmetric")
+    padded = np.pad(image, ((MARGIN, bottom), (MARGIN, right)), mode="reflect")
     probability = np.empty((height, width), np.float32)
     for top in range(0, height, step):
         for left in range(0, width, step):
@@ -79,6 +79,18 @@ def predict_symmetries(net, image, device, tile):
             result = predict_tiled(net, np.fliplr(seen) if flip else seen, device, tile)
             total += np.rot90(np.fliplr(result) if flip else result, -turns)
     return total / 8
+
+
+def predict_mirrored(net, image, device, tile, mirror, run=predict_tiled):
+    """`run` of a slice that is continued by so many mirrored pixels on each side, as in the paper.
+
+    Near its edges a net has seen too little of a cell to be sure; this gives it something to see.
+    mirror: a multiple of 16. Whether a slice is cut into tiles doesn't depend on it.
+    """
+    height, width = image.shape
+    seen = np.pad(image, mirror, mode="reflect")
+    probability = run(net, seen, device, tile + 2 * mirror if tile else 0)
+    return probability[mirror : mirror + height, mirror : mirror + width]
 
 
 def paint(image, colours, where):
@@ -152,12 +164,20 @@ def parse_args():
         help="cut slices with a longer side into tiles of N pixels, a multiple of 16 from 208 on; "
         "0: never (default: 512)",
     )
+    add(
+        "--mirror",
+        type=engine.number(int, 0),
+        default=0,
+        help="continue slices by N mirrored pixels on each side, a multiple of 16 (default: 0)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     engine.add_cpu_kernels(parser)
     add("--trust_pickle", action="store_true", help="allow a flow.save folder, which runs code")
     args = parser.parse_args()
     if args.tile and (args.tile <= 2 * MARGIN or args.tile % 16):
         raise InputError(f"--tile {args.tile} is not 0 or a multiple of 16 above {2 * MARGIN}")
+    if args.mirror % 16:
+        raise InputError(f"--mirror {args.mirror} is not a multiple of 16")
     return args
 
 
@@ -204,7 +224,8 @@ def main():
             stack = open_files.enter_context(tifffile.TiffWriter(file, bigtiff=big))
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)
-            probability = run(net, normalise(image), device, args.tile)
+            seen = normalise(image)
+            probability = predict_mirrored(net, seen, device, args.tile, args.mirror, run)
             write_slice(folder / name, image, probability, threshold, args.cells)
             if args.stack:
                 stack.write(probability, photometric="minisblack", contiguous=False, metadata=None)

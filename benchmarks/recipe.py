@@ -8,7 +8,8 @@
 Takes the flags of TrainUnetDataSet.py that say how to train, whose defaults are the recipe, and
 besides those below, for what was tried and not kept. The last five slices of --data_path are held
 out (--val_count), and scored after the last epoch, each score at its best threshold, without and
-with the 8 flips and turns averaged (--tta). Nothing is written but the row.
+with the 8 flips and turns averaged (--tta). A second row is for slices continued by mirrored pixels
+(--mirror 32). Nothing is written but the rows.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 from cpu_kernels import accelerate
 from dataloader import SelfDataSet
-from predict_unet_test import predict, predict_symmetries
+from predict_unet_test import predict_mirrored, predict_symmetries, predict_tiled
 from scores import best, evaluate
 from unet import UNet
 
@@ -31,6 +32,8 @@ import oneflow as flow
 from oneflow import nn, optim
 from oneflow.nn import functional as F
 from oneflow.utils.data import DataLoader, RandomSampler
+
+MIRROR = 32  # pixels
 
 
 def parse_args():
@@ -157,17 +160,21 @@ def main():
     scores = "V_Rand | V_Info | misclassification"
     print(f"| variant | seed | steps | s | CPU s | {scores} | --tta: {scores} |")
     net.eval()
-    for name in (own.name, f"{own.name}, averaged")[: 2 if own.average else 1]:
-        if name != own.name:
+    for averaged in (False, True)[: 2 if own.average else 1]:
+        if averaged:
             state = {key: flow.tensor(value) for key, value in average.items()}
             net.load_state_dict(net.state_dict() | state)
-        cells = [name, args.seed, args.epochs * len(loader), f"{seconds:.0f}", f"{cpu:.0f}"]
-        for run in (predict, lambda *what: predict_symmetries(*what, tile=0)):
-            found = evaluate([run(net, image[0], device) for image, _ in val_set], labels)
-            for kind in ("v_rand", "v_info", "pixel_misclassification"):
-                value, threshold = best(found, kind)
-                cells.append(f"{value:.4f} ({threshold:.1f})")
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        for mirror in (0, MIRROR):
+            name = own.name + ", averaged" * averaged + f", --mirror {mirror}" * bool(mirror)
+            cells = [name, args.seed, args.epochs * len(loader), f"{seconds:.0f}", f"{cpu:.0f}"]
+            for run in (predict_tiled, predict_symmetries):
+                images = (image[0] for image, _ in val_set)
+                found = [predict_mirrored(net, image, device, 0, mirror, run) for image in images]
+                found = evaluate(found, labels)
+                for kind in ("v_rand", "v_info", "pixel_misclassification"):
+                    value, threshold = best(found, kind)
+                    cells.append(f"{value:.4f} ({threshold:.1f})")
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,25 @@ def test_tiles_dont_show():
     inner = np.s_[112:-112, 112:-112]
     assert whole.max() < 0.99  # the sigmoid isn't flat there
     np.testing.assert_allclose(tiled[inner], whole[inner], rtol=0, atol=5e-7)
+    # Continued by as many mirrored pixels as tiles have margins, the edges are the same too.
+    mirrored = predict_unet_test.predict_mirrored(net, image, "cpu", 512, 96)
+    np.testing.assert_allclose(tiled, mirrored, rtol=0, atol=5e-7)
+    assert abs(whole - mirrored).max() > 0.01
+
+
+def test_mirrored_slices(trained):
+    """--mirror and --tta go together, and change what is near the edges."""
+    given = ("--Test_Data_path", "new/train_image/0.png", "--tta")
+    results = []
+    for flags in ((), ("--mirror", 32)):
+        done = predict(*given, "--save_res_path", "m", *flags, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        results.append(cv2.imread(str(trained / "m/0_prob.png"), -1).astype(int))
+    plain, mirrored = results
+    assert plain.shape == mirrored.shape == (50, 70)
+    assert np.abs(plain - mirrored).max() > 1
+    label = read_slice(trained / "new/train_label/0.png") > 0
+    assert np.mean((mirrored > 127) != label) < 0.1
 
 
 def test_symmetries():

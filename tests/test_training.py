@@ -312,7 +312,11 @@ OUT_OF_RANGE = {
     "--val_path": ("",),
     "--log_file": ("",),
 }
-PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 300, 511)}
+PREDICTING = {
+    "--threshold": (-0.1, 1.1, "nan"),
+    "--tile": (-1, 16, 192, 300, 511),
+    "--mirror": (-1, 8, 33),
+}
 PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
 
 
