@@ -41,7 +41,8 @@ accelerate() on, the whole process keeps freed memory for itself, and all of Num
 matrices on the calling thread only.
 
 **What changes.** An accelerated module can be differentiated once: a second backward pass and
-gradients of gradients raise RuntimeError. A DoubleConv with hooks on the modules inside it, tensors
+gradients of gradients raise RuntimeError. Outputs but those of the 1x1 convolution aren't
+contiguous: reshape() them, view() raises. A DoubleConv with hooks on the modules inside it, tensors
 on a GPU or of another type than float32, static graphs and a module whose setup was changed get
 OneFlow's own kernels as before. copy.deepcopy, state_dict and load_state_dict work as before.
 """
@@ -190,7 +191,8 @@ def scratch(name, *shape):
 
 def spans(count, size):
     """[(0, size), (size, 2 size), ...] up to count."""
-    return [(i, min(i + size, count)) for i in range(0, count, max(1, size))]
+    size = max(1, size)
+    return [(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 # ------------------------------------------------------------------------------ 3x3 convolution
@@ -522,7 +524,7 @@ def weight_gradient(grid, image, gradient):
 
 def pieces(images, height, numbers):
     """(image, first row, last row) that cut images with so many numbers a row into pieces."""
-    rows = spans(height, NUMBERS // numbers)
+    rows = spans(height, NUMBERS // max(1, numbers))
     return [(n, *some) for n in range(images) for some in rows]
 
 
@@ -538,7 +540,7 @@ def lines(x, piece, name="last"):
     """
     n, a, b = piece
     _, _, width, channels = x.shape
-    if channels == 1 or x.strides[2:] == (4 * channels, 4):
+    if channels == 1 or x.size == 0 or x.strides[2:] == (4 * channels, 4):
         return x[n, a:b].reshape(b - a, -1)
     part = scratch(name, (b - a) * width, channels)
     return cv2.transpose(planes(x, piece), part).reshape(b - a, -1)
@@ -854,24 +856,25 @@ class MaxPooling(Kernel):
     def forward(self, x):
         self.x = x
         images, height, width, channels = x.shape
-        self.y = np.empty((images, height // 2, width // 2, channels), np.float32)
+        y = np.empty((images, height // 2, width // 2, channels), np.float32)
 
-        def work(*piece):
-            upper, lower = self.rows(piece)
-            maxima = np.maximum(upper, lower, out=scratch("maxima", *upper.shape))
-            maxima = maxima.reshape(len(maxima), -1, 2, channels)
-            n, a, b = piece
-            np.maximum(maxima[:, :, 0], maxima[:, :, 1], out=self.y[n, a:b])
+        def work(n, a, b):
+            self.maxima(self.rows(n, a, b), out=y[n, a:b])
 
-        parallel(work, pieces_of(self.y))
-        return self.y
+        parallel(work, pieces_of(y))
+        return y
 
-    def rows(self, piece):
-        """The upper and the lower lines of the input that belong to a piece of the output."""
-        n, a, b = piece
-        part = lines(self.x, (n, 2 * a, 2 * b))
-        part = part[:, : 2 * self.y.shape[2] * self.y.shape[3]]
+    def rows(self, n, a, b):
+        """The upper and the lower lines of the input that rows a to b of the output come from."""
+        _, _, width, channels = self.x.shape
+        part = lines(self.x, (n, 2 * a, 2 * b))[:, : width // 2 * 2 * channels]
         return part[::2], part[1::2]
+
+    def maxima(self, rows, out):
+        """-> out (rows, W // 2, C)"""
+        larger = np.maximum(*rows, out=scratch("larger", *rows[0].shape))
+        pairs = larger.reshape(len(larger), -1, 2, self.x.shape[3])
+        return np.maximum(pairs[:, :, 0], pairs[:, :, 1], out=out)
 
     def backward(self, dy):
         _, height, width, channels = self.x.shape
@@ -880,24 +883,20 @@ class MaxPooling(Kernel):
             dx[:, -1] = 0  # an odd line or column belongs to no maximum
 
         def work(n, a, b):
-            shape = b - a, dy.shape[2], 2, channels
+            shape = b - a, width // 2, 2, channels
             target = scratch("target", b - a, 2, width, channels)
-            target[:, :, 2 * dy.shape[2] :] = 0
-
-            def twice(name, image):
-                pair = scratch(name, *shape)
-                pair[...] = lines(image, (n, a, b)).reshape(b - a, -1, 1, channels)
-                return pair.reshape(b - a, -1)
-
-            maxima, gradient = twice("maxima", self.y), twice("gradients", dy)
-            free = np.ones((b - a, dy.shape[2], channels), bool)
-            for i, x in enumerate(self.rows((n, a, b))):
-                hit = (x == maxima).reshape(shape)
+            target[:, :, width // 2 * 2 :] = 0
+            gradient, maxima = scratch("gradient", *shape), scratch("maxima", *shape)
+            gradient[...] = lines(dy, (n, a, b)).reshape(b - a, -1, 1, channels)
+            rows = self.rows(n, a, b)
+            maxima[:, :, 1] = self.maxima(rows, out=maxima[:, :, 0])
+            free = np.ones((b - a, width // 2, channels), bool)
+            for i, x in enumerate(rows):
+                hit = (x == maxima.reshape(b - a, -1)).reshape(shape)
                 for j in range(2):
                     hit[:, :, j] &= free
                     free ^= hit[:, :, j]
-                out = target[:, i, : 2 * dy.shape[2]].reshape(b - a, -1)
-                np.multiply(gradient, hit.reshape(b - a, -1), out=out)
+                np.multiply(gradient, hit, out=target[:, i, : width // 2 * 2].reshape(shape))
             cv2.transpose(target.reshape(-1, channels), planes(dx, (n, 2 * a, 2 * b)))
 
         parallel(work, pieces_of(dy))
@@ -953,12 +952,12 @@ def run(kind, module, inputs, *tensors):
     Images go from kernel to kernel with their channels last in memory, as tensors (N, C, H, W)
     that aren't contiguous. OneFlow would make them so for autograd, slowly; permuted they are.
     """
-    images, parameters = tensors[:inputs], tensors[inputs:]
-    first = [image.is_contiguous() for image in images]
-    images = [
-        image if channels_first else image.permute(0, 2, 3, 1)
-        for image, channels_first in zip(images, first, strict=True)
-    ]
+    parameters = tensors[inputs:]
+    images = [image.permute(0, 2, 3, 1) for image in tensors[:inputs]]
+    first = [not image.is_contiguous() for image in images]
+    for i in range(inputs):
+        if first[i]:
+            images[i] = tensors[i].contiguous()
     needed = [flow.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     kernel = kind(module, inputs, needed)
     shapes = [tensor.shape for tensor in parameters]

@@ -85,11 +85,12 @@ def predict_mirrored(net, image, device, tile, mirror, run=predict_tiled):
     """`run` of a slice that is continued by so many mirrored pixels on each side, as in the paper.
 
     Near its edges a net has seen too little of a cell to be sure; this gives it something to see.
-    mirror: a multiple of 16. Whether a slice is cut into tiles doesn't depend on it.
+    mirror: a multiple of 16. Slices that are cut into tiles are continued without it.
     """
     height, width = image.shape
-    seen = np.pad(image, mirror, mode="reflect")
-    probability = run(net, seen, device, tile + 2 * mirror if tile else 0)
+    if not mirror or (tile and max(height, width) > tile):
+        return run(net, image, device, tile)
+    probability = run(net, np.pad(image, mirror, mode="reflect"), device, 0)
     return probability[mirror : mirror + height, mirror : mirror + width]
 
 
@@ -168,7 +169,8 @@ def parse_args():
         "--mirror",
         type=engine.number(int, 0),
         default=0,
-        help="continue slices by N mirrored pixels on each side, a multiple of 16 (default: 0)",
+        help=f"continue slices by N mirrored pixels on each side, a multiple of 16 up to {MARGIN}: "
+        "fewer wrong pixels near their edges (default: 0)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     engine.add_cpu_kernels(parser)
@@ -176,8 +178,8 @@ def parse_args():
     args = parser.parse_args()
     if args.tile and (args.tile <= 2 * MARGIN or args.tile % 16):
         raise InputError(f"--tile {args.tile} is not 0 or a multiple of 16 above {2 * MARGIN}")
-    if args.mirror % 16:
-        raise InputError(f"--mirror {args.mirror} is not a multiple of 16")
+    if args.mirror % 16 or args.mirror > MARGIN:
+        raise InputError(f"--mirror {args.mirror} is not a multiple of 16 up to {MARGIN}")
     return args
 
 

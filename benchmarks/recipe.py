@@ -46,7 +46,7 @@ def parse_args():
     add("--smoothing", type=float, default=0, help="labels E/2 and 1 - E/2 for 0 and 1")
     add("--dice", type=float, default=0, help="how much the Dice loss of the membrane counts")
     add("--balance", type=float, default=0, help="times that membrane counts in the loss")
-    add("--average", type=float, default=0, help="decay of averaged weights, which get a row too")
+    add("--average", type=float, default=0, help="decay of averaged weights, which get rows too")
     add("--plateau", type=int, default=0, help="step size x 0.3 after N epochs of no lower loss")
     add("--intensity", action="store_true", help="vary brightness, contrast and gamma")
     own, rest = parser.parse_known_args()

@@ -315,7 +315,7 @@ OUT_OF_RANGE = {
 PREDICTING = {
     "--threshold": (-0.1, 1.1, "nan"),
     "--tile": (-1, 16, 192, 300, 511),
-    "--mirror": (-1, 8, 33),
+    "--mirror": (-1, 8, 33, 112),
 }
 PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
 
