@@ -5,11 +5,13 @@
     source env.sh
     python3 benchmarks/same_time.py --data_path data/train_image --val_count 5 --minutes 10
 
-Both train the net of unet.py (bilinear=False) by the seed's plain recipe, in the same order: whole
-slices, one a step, flips, binary cross-entropy, Adam with a step size of 0.001. PyTorch runs the
-text of unet.py with `torch` for `oneflow`, in its faster memory layout, channels last. They take
-turns of 20 seconds on all cores, so that both meet the same machine, and predict the held-out
-slices after each quarter of the time, without flips and turns.
+Both train the net of unet.py (bilinear=False) by the seed's plain recipe, from the same weights and
+in the same order, so that the slower one is the other, some steps before: whole slices, one a step,
+flips, binary cross-entropy, Adam with a step size of 0.001. PyTorch runs the text of unet.py with
+`torch` for `oneflow`, in its faster memory layout, channels last. They take turns of 20 seconds on
+all cores, so that both meet the same machine, and predict the held-out slices after each quarter of
+the time, without flips and turns. Both normalise a slice by its own statistics then, as in
+training: averages over single slices say more of chance than of a net.
 """
 
 import json
@@ -42,8 +44,9 @@ def work(library, base_channels, folder):
         import oneflow as flow
 
     data = np.load(Path(folder) / "data.npz")
-    flow.manual_seed(0)
     net = UNet(1, 1, bilinear=False, base_channels=int(base_channels))
+    weights = np.load(Path(folder) / "weights.npz")
+    net.load_state_dict({name: flow.tensor(array) for name, array in weights.items()})
     if library == "PyTorch":
         net = net.to(memory_format=flow.channels_last)
     else:
@@ -54,13 +57,11 @@ def work(library, base_channels, folder):
     order, steps = [], 0
     for line in sys.stdin:
         if line == "predict\n":
-            net.eval()
-            with flow.no_grad():
+            with flow.no_grad():  # and in training mode, see above
                 images = (flow.tensor(image[None, None]) for image in data["val"])
                 found = [flow.sigmoid(net(image)).numpy()[0, 0] for image in images]
             np.save(Path(folder) / library, found)
         else:
-            net.train()
             end = time.monotonic() + float(line)
             while time.monotonic() < end:
                 order = order or list(rng.permutation(len(data["image"])))
@@ -83,6 +84,9 @@ def main():
     import engine
     from dataloader import InputError, SelfDataSet
     from scores import best, evaluate
+    from unet import UNet
+
+    import oneflow as flow
 
     parser = engine.Parser(__doc__)
     add = parser.add_argument
@@ -90,6 +94,7 @@ def main():
     add("--val_count", type=engine.number(int, 1), default=5, help="the last N are held out (5)")
     add("--minutes", type=engine.number(float, 0, above=True), default=10, help="for each (10)")
     add("--base_channels", type=engine.number(int, 1), default=16, help="channels (16)")
+    add("--seed", type=engine.number(int, 0), default=0, help="of the weights to start with (0)")
     python = HERE / ".venv/bin/python"
     add("--torch_python", type=Path, default=python, help="of an environment with PyTorch")
     args = parser.parse_args()
@@ -104,6 +109,9 @@ def main():
         images, labels = (np.stack([pair[k][0] for pair in train_set]) for k in (0, 1))
         val = np.stack([image[0] for image, _ in val_set])
         np.savez(Path(folder) / "data.npz", image=images, label=labels, val=val)
+        flow.manual_seed(args.seed)
+        weights = UNet(1, 1, bilinear=False, base_channels=args.base_channels).state_dict()
+        np.savez(Path(folder) / "weights.npz", **{n: w.numpy() for n, w in weights.items()})
         workers = {}
         for name, python in (("OneFlow", sys.executable), ("PyTorch", args.torch_python)):
             command = [python, __file__, "--worker", name, str(args.base_channels), folder]
