@@ -954,7 +954,7 @@ def run(kind, module, inputs, *tensors):
     """
     parameters = tensors[inputs:]
     images = [image.permute(0, 2, 3, 1) for image in tensors[:inputs]]
-    first = [not image.is_contiguous() for image in images]
+    first = [not image.is_contiguous() for image in images]  # channels first in memory, or else
     for i in range(inputs):
         if first[i]:
             images[i] = tensors[i].contiguous()
