@@ -305,7 +305,8 @@ class SelfDataSet(Dataset):
         if label_path is None:
             if "image" not in data_path.name:
                 raise InputError(
-                    f"{data_path}: no 'image' in its name for 'label' to replace, pass --label_path"
+                    f"{data_path}: no 'image' in its name for 'label' to replace, say where its "
+                    "labels are (--label_path, for validation --val_label_path)"
                 )
             label_path = data_path.with_name("label".join(data_path.name.rsplit("image", 1)))
         label_path = Path(label_path)

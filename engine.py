@@ -80,7 +80,7 @@ WORLD_SIZE = flow.env.get_world_size()
 # from a stranger, who should not choose which files are written.
 RESUMED = ("epochs", "batch_size", "repeat", "lr", "schedule", "base_channels", "crop")
 RESUMED += ("border_weight", "val_every", "best_by", "seed", "cpu_kernels")
-PATHS = ("data_path", "label_path", "val_path", "checkpoint_dir", "log_file")
+PATHS = ("data_path", "label_path", "val_path", "val_label_path", "checkpoint_dir", "log_file")
 
 # What an interrupt leaves behind: interrupt() says it.
 kept = "nothing was finished, nothing is kept"
@@ -236,6 +236,11 @@ def parse_args(doc, argv=None, amp=False):
     held_out.add_argument(
         "--val_count", type=number(int, 0), default=0, help="hold out the last N training slices"
     )
+    add(
+        "--val_label_path",
+        type=given_path,
+        help="labels of val_path (default: val_path with label for image)",
+    )
     add("--val_every", type=number(int, 1), default=5, help="validate each N epochs (5)")
     add(
         "--best_by",
@@ -351,6 +356,8 @@ def parse_args(doc, argv=None, amp=False):
         raise InputError(f"--crop {args.crop} is neither 0 nor {2 * MIN_SIDE} or more")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):
         raise InputError("--best_by v_rand needs validation slices, pass --val_count N")
+    if args.val_label_path and not args.val_path:
+        raise InputError("--val_label_path: labels of which slices? pass --val_path")
     return args
 
 
@@ -452,7 +459,7 @@ def data_sets(args):
     )
     val_set = None
     if args.val_path:
-        val_set = SelfDataSet(args.val_path)
+        val_set = SelfDataSet(args.val_path, args.val_label_path)
     elif args.val_count:
         if not train_set.pairs:
             raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")

@@ -110,7 +110,7 @@ def main():
         check_shapes(readers[name], of_name, label_files)
     if args.json:
         engine.check_output(args.json)
-        images = {os.path.realpath(file) for file, _ in (*label_files, *files["prediction"])}
+        images = {os.path.realpath(file) for file, _ in sum(files.values(), label_files)}
         if os.path.realpath(args.json) in images:
             raise InputError(f"--json {args.json}: is one of the images, choose another name")
     engine.kept = "nothing was written"

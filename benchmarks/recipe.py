@@ -1,15 +1,15 @@
 """Train by a variant of the recipe and score it on held-out slices: a row of benchmarks/recipe.md.
 
     source env.sh
-    python3 benchmarks/recipe.py --name recipe --epochs 30
-    python3 benchmarks/recipe.py --name elastic --epochs 30 --augment flip rotate elastic
-    python3 benchmarks/recipe.py --name dropout --epochs 30 --dropout 0.5
+    python3 benchmarks/recipe.py --name recipe --epochs 50
+    python3 benchmarks/recipe.py --name elastic --epochs 50 --augment flip rotate elastic
+    python3 benchmarks/recipe.py --name dropout --epochs 15 --dropout 0.5
 
-Takes the flags of TrainUnetDataSet.py that say how to train, whose defaults are the recipe, and
-besides those below, for what was tried and not kept. The last five slices of --data_path are held
-out (--val_count), and scored after the last epoch, each score at its best threshold, without and
-with the 8 flips and turns averaged (--tta). A second row is for slices continued by mirrored pixels
-(--mirror 32). Nothing is written but the rows.
+Takes the flags of TrainUnetDataSet.py that say how to train (not --resume), whose defaults are the
+recipe, and besides those below, for what was tried and not kept. The last five slices of
+--data_path are held out (--val_count; or --val_path), and scored after the last epoch, each score
+at its best threshold, without and with the 8 flips and turns averaged (--tta). A second row is for
+slices continued by mirrored pixels (--mirror 32). Nothing is written but the rows.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import engine
 from cpu_kernels import accelerate
-from dataloader import SelfDataSet
+from dataloader import InputError, SelfDataSet
 from predict_unet_test import predict_mirrored, predict_symmetries, predict_tiled
 from scores import best, evaluate
 from unet import UNet
@@ -53,9 +53,12 @@ def parse_args():
     if {"-h", "--help"} & set(rest):
         print(__doc__, parser.format_help(), sep="\n")
         sys.exit()
-    if not any(word.split("=")[0] == "--val_count" for word in rest):
+    if not any(word.split("=")[0] in ("--val_count", "--val_path") for word in rest):
         rest += ["--val_count", "5"]
-    return own, engine.parse_args(__doc__, rest)
+    args = engine.parse_args(__doc__, rest)
+    if args.resume or not (args.val_path or args.val_count):
+        raise InputError("leave out --resume and --val_count 0: a row scores a whole training")
+    return own, args
 
 
 class VaryingIntensity(SelfDataSet):

@@ -98,7 +98,9 @@ def test_validation_is_the_nets_own_score(slices, tmp_path):
 def test_overfits_two_slices(tmp_path):
     """The whole chain learns: 95 % of the pixels of two training slices come out right."""
     data = write_pairs(tmp_path / "data", 2)
-    validate = ("--val_path", data, "--batch_size", 2, "--augment")
+    (tmp_path / "held").symlink_to(data)
+    (tmp_path / "truth").symlink_to(data.with_name("train_label"))
+    validate = ("--val_path", "held", "--val_label_path", "truth", "--batch_size", 2, "--augment")
     train("--data_path", data, *validate, "--epochs", 15, "--lr", 0.01, cwd=tmp_path)
     errors = [float(row["val_misclassification"]) for row in rows_of(tmp_path / "Unet_train.csv")]
     assert min(errors) < 0.05
@@ -310,6 +312,7 @@ OUT_OF_RANGE = {
     "--cpu_kernels": ("on",),
     "--resume": ("",),
     "--val_path": ("",),
+    "--val_label_path": ("", "labels"),  # of no slices
     "--log_file": ("",),
 }
 PREDICTING = {
