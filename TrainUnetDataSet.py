@@ -19,7 +19,7 @@ def Train_Unet(args):
     train_set, val_set = engine.data_sets(args)
     device = engine.start(args)
 
-    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    net = UNet(1, 1, args.bilinear, args.base_channels, args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
     optimizer = optim.Adam(net.parameters(), lr=args.lr)

@@ -79,7 +79,7 @@ WORLD_SIZE = flow.env.get_world_size()
 # (see as_flags). Paths have to be said again where they are not the default: a checkpoint may come
 # from a stranger, who should not choose which files are written.
 RESUMED = ("epochs", "batch_size", "repeat", "lr", "schedule", "base_channels", "crop")
-RESUMED += ("border_weight", "val_every", "best_by", "seed", "cpu_kernels")
+RESUMED += ("border_weight", "dropout", "val_every", "best_by", "seed", "cpu_kernels")
 PATHS = ("data_path", "label_path", "val_path", "val_label_path", "checkpoint_dir", "log_file")
 
 # What an interrupt leaves behind: interrupt() says it.
@@ -291,6 +291,12 @@ def parse_args(doc, argv=None, amp=False):
         metavar="W0",
         help="how much more the loss counts membrane between two near cells; 0: alike (10)",
     )
+    add(
+        "--dropout",
+        type=number(float, 0, maximum=0.99),
+        default=0.5,
+        help="share of numbers set to 0 after the two deepest levels (0.5)",
+    )
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
@@ -431,7 +437,7 @@ def start(args):
 def seed_epoch(seed, epoch):
     """Seed everything from (seed, epoch), so that an epoch repeats whatever ran before it."""
     number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    flow.manual_seed(number)
+    flow.manual_seed(number + RANK)  # dropout; a rank's own, since each has other slices
     np.random.seed(number)  # OneFlow's RandomSampler draws from NumPy
 
 

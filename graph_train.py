@@ -11,7 +11,8 @@ can be begun by one script and resumed by the other.
 On a CPU the graph runs OneFlow's own kernels, several times slower than cpu_kernels.py, which
 computes in NumPy, where no graph can look: train with TrainUnetDataSet.py there. Each shape of a
 batch takes seconds to compile and memory of its own: train on squares (--crop), not on whole slices
-of many sizes. --amp scales the loss, and no checkpoint holds by how much: it finds that out anew.
+of many sizes. No checkpoint holds by how much --amp scales the loss, nor where a graph's dropout
+is in its random numbers: a resumed run begins these anew.
 """
 
 import engine
@@ -72,7 +73,7 @@ def Train_Unet(args):
     train_set, val_set = engine.data_sets(args)
     device = engine.start(args)
 
-    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    net = UNet(1, 1, args.bilinear, args.base_channels, args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU, for validation; does nothing on a GPU or in a graph
     if device == "cpu":

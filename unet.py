@@ -104,16 +104,18 @@ class UNet(nn.Module):
         the paper's way). Interpolation can't halve the channels, so the bilinear net's levels
         hand half as many to the level above; its deepest level has 8b instead of 16b channels.
     base_channels: b, the width of the first level; the levels have b, 2b, 4b, 8b, 16b channels.
+    dropout: the share of numbers that training sets to 0 after each of the two deepest levels.
 
     Raises ValueError for an input with a side under 16 pixels.
     """
 
-    def __init__(self, n_channels, n_classes, bilinear=True, base_channels=64):
+    def __init__(self, n_channels, n_classes, bilinear=True, base_channels=64, dropout=0.0):
         super().__init__()
         self.n_channels = n_channels
         self.n_classes = n_classes
         self.bilinear = bilinear
         self.base_channels = b = base_channels
+        self.dropout = dropout
         half = 2 if bilinear else 1
         self.inc = DoubleConv(n_channels, b)
         self.down1 = Down(b, 2 * b)
@@ -136,8 +138,9 @@ class UNet(nn.Module):
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)
-        x4 = self.down3(x3)  # (N, 8b, H/8, W/8)
-        x5 = self.down4(x4)  # (N, 16b or 8b, H/16, W/16)
+        # Not nn.Dropout, which draws the same numbers for every seed and in every layer.
+        x4 = F.dropout(self.down3(x3), self.dropout, self.training)  # (N, 8b, H/8, W/8)
+        x5 = F.dropout(self.down4(x4), self.dropout, self.training)  # (N, 16b or 8b, H/16, W/16)
         x = self.up1(x5, x4)  # (N, 8b or 4b, H/8, W/8)
         x = self.up2(x, x3)  # (N, 4b or 2b, H/4, W/4)
         x = self.up3(x, x2)  # (N, 2b or b, H/2, W/2)

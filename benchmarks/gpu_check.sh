@@ -27,10 +27,11 @@ else
 fi
 python3 data/prepare.py sample --out "$folder" >/dev/null
 
-# run NAME COMMAND...: trains, and prints the last epoch's line of its CSV.
+# run NAME COMMAND...: trains, and prints the last epoch's line of its CSV. Without dropout, which a
+# graph draws anew, the losses of one device and of a graph are the same.
 run() {
     if "${@:2}" --device "$device" --data_path "$folder/train_image" --val_count 4 \
-        --base_channels $width --batch_size $batch --epochs $epochs --repeat $repeat --num_workers 2 \
+        --base_channels $width --batch_size $batch --epochs $epochs --repeat $repeat --dropout 0 --num_workers 2 \
         --checkpoint_dir "$folder/checkpoints" --log_file "$folder/log.txt" \
         >"$folder/output.txt" 2>&1; then
         tail -n 1 "$folder/log.csv" |

@@ -3,7 +3,7 @@
     source env.sh
     python3 benchmarks/recipe.py --name recipe --epochs 50
     python3 benchmarks/recipe.py --name elastic --epochs 50 --augment flip rotate elastic
-    python3 benchmarks/recipe.py --name dropout --epochs 15 --dropout 0.5
+    python3 benchmarks/recipe.py --name plain --epochs 15 --dropout 0
 
 Takes the flags of TrainUnetDataSet.py that say how to train (not --resume), whose defaults are the
 recipe, and besides those below, for what was tried and not kept. The last five slices of
@@ -30,7 +30,6 @@ from unet import UNet
 import numpy as np
 import oneflow as flow
 from oneflow import nn, optim
-from oneflow.nn import functional as F
 from oneflow.utils.data import DataLoader, RandomSampler
 
 MIRROR = 32  # pixels
@@ -42,7 +41,6 @@ def parse_args():
     add("--name", default="recipe", help="what the row is called")
     add("--optimizer", choices=("adam", "adamw", "sgd"), default="adam", help="sgd: momentum 0.99")
     add("--weight_decay", type=float, default=0.01, help="of adamw")
-    add("--dropout", type=float, default=0, help="share of the two deepest levels")
     add("--smoothing", type=float, default=0, help="labels E/2 and 1 - E/2 for 0 and 1")
     add("--dice", type=float, default=0, help="how much the Dice loss of the membrane counts")
     add("--balance", type=float, default=0, help="times that membrane counts in the loss")
@@ -90,13 +88,6 @@ def loss_function(own):
     return loss
 
 
-def add_dropout(net, share):
-    for level in (net.down3, net.down4):
-        forward = level.forward
-        # Not nn.Dropout, which draws the same masks in every layer.
-        level.forward = lambda x, forward=forward: F.dropout(forward(x), share, net.training)
-
-
 def average_weights(net, optimizer, decay):
     """After each step of the optimizer, let an average follow the net's state; returns it."""
     state = net.state_dict()
@@ -119,11 +110,9 @@ def main():
     if own.intensity:
         train_set.__class__ = VaryingIntensity
     device = engine.start(args)
-    net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels).to(device)
+    net = UNet(1, 1, args.bilinear, args.base_channels, args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)
-    if own.dropout:
-        add_dropout(net, own.dropout)
     kinds = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
     more = {"adam": {}, "adamw": {"weight_decay": own.weight_decay}, "sgd": {"momentum": 0.99}}
     optimizer = kinds[own.optimizer](net.parameters(), lr=args.lr, **more[own.optimizer])

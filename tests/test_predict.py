@@ -188,7 +188,7 @@ def test_bare_weights_and_old_checkpoints(trained):
     assert np.abs(exact.astype(int) - half).max() <= 4  # half precision, for files to send around
 
 
-def test_weights_in_the_box():
+def test_weights_in_the_box(tmp_path):
     """checkpoints/isbi2012.safetensors: small, whole, nothing but a net, no path of its maker."""
     boxed = predict_unet_test.BOXED
     assert boxed.stat().st_size < 16e6
@@ -198,12 +198,12 @@ def test_weights_in_the_box():
     assert net.base_channels == metadata["model"]["base_channels"]
     assert metadata["threshold"] == 0.5  # as README says
     assert metadata["arguments"]["data_path"] == "data/train_image"
-    # It tells a dark line from a light cell, whatever the contrast.
-    image = np.full((128, 128), 180, np.uint8)
-    cv2.circle(image, (64, 64), 40, 70, 7)
-    noise = np.random.default_rng(0).normal(0, 8, image.shape)
-    probability = predict_unet_test.predict(net.eval(), normalise(image + noise), "cpu")
-    assert probability[image == 70].mean() < 0.3 < 0.6 < probability[image == 180].mean()
+    # It finds the synthetic sample's membranes, which look like those that it has seen.
+    script("data/prepare.py", "sample", "--out", tmp_path, cwd=tmp_path)
+    image = normalise(read_slice(tmp_path / "test_image/0.png"))
+    interior = read_slice(tmp_path / "test_label/0.png") > 0
+    found = predict_unet_test.predict(net.eval(), image, "cpu") > 0.5
+    assert (found != interior).mean() < 0.1 < 0.15 < (~interior).mean()
 
 
 def test_bad_input_is_one_line(trained):

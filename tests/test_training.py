@@ -149,7 +149,7 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     from unet import UNet
 
     flags = ("--batch_size", 6, "--epochs", 1, "--augment", "--crop", 0, "--seed", 3)
-    train(*flags, "--border_weight", 30, cwd=tmp_path)
+    train(*flags, "--border_weight", 30, "--dropout", 0, cwd=tmp_path)
     engine.seed_epoch(3, 0)
     net = UNet(1, 1, bilinear=False, base_channels=4)
     image, label, weight = map(np.stack, zip(*SelfDataSet(slices, border_weight=30), strict=True))
@@ -302,6 +302,7 @@ OUT_OF_RANGE = {
     "--val_count": (-1, "all"),
     "--val_every": (0, -1),
     "--border_weight": (-1, "nan", "inf", 10**7),
+    "--dropout": (-0.1, 1, "nan"),
     "--seed": (-1, 0.5),
     "--num_workers": (-1, 1000),
     "--rank_timeout": (0, -1, "nan", "inf"),

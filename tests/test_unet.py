@@ -2,8 +2,10 @@
 
 from unet import UNet
 
+import numpy as np
 import oneflow as flow
 import pytest
+from oneflow import nn
 
 
 def parameters(net):
@@ -53,6 +55,40 @@ def test_too_small_is_an_error():
     for size in ((15, 64), (64, 15)):
         with pytest.raises(ValueError, match="at least 16 pixels"):
             UNet(1, 1, base_channels=2)(flow.randn(1, 1, *size))
+
+
+class Ones(nn.Module):
+    """A level that gives ones."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return flow.ones(*self.shape)
+
+
+def test_dropout():
+    """It takes its share of the two deepest levels, by the seed, of each level for itself."""
+    net = UNet(1, 1, bilinear=False, base_channels=4, dropout=0.25)
+    net.down3, net.down4 = Ones(1, 32, 8, 8), Ones(1, 64, 4, 4)
+    image, seen = flow.randn(1, 1, 64, 64), []
+    net.up1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+
+    def levels(seed):
+        flow.manual_seed(seed)
+        net(image)
+        return [level.numpy() for level in seen[-1]]
+
+    deepest, skip = levels(1)
+    for level in deepest, skip:
+        assert set(np.unique(level)) == {0, np.float32(4 / 3)}
+        assert abs((level == 0).mean() - 0.25) < 0.05
+    assert not np.array_equal(deepest.ravel(), skip.ravel()[: deepest.size])
+    assert np.array_equal(levels(1)[0], deepest) and np.array_equal(levels(1)[1], skip)
+    assert not np.array_equal(levels(2)[0], deepest)
+    net.eval()
+    assert all((level == 1).all() for level in levels(1))
 
 
 def test_shift_equivariance():
