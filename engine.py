@@ -297,7 +297,7 @@ def parse_args(doc, argv=None, amp=False):
         default=0.5,
         help="share of numbers set to 0 after the two deepest levels (0.5)",
     )
-    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (0)")
+    add("--seed", type=number(int, 0), default=0, help="of all that is random (0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
         "--num_workers",
@@ -343,6 +343,7 @@ def parse_args(doc, argv=None, amp=False):
         saved = metadata.get("arguments")
         if not isinstance(saved, dict):
             raise InputError(f"{args.resume}: holds weights only, too little to go on from")
+        saved = {"dropout": 0.0, **saved}  # older runs had none
         said = {word.split("=")[0] for word in argv}
         for name in PATHS:
             unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
@@ -816,7 +817,7 @@ def resume(args, net, optimizer):
         raise InputError(f"{args.resume}: its optimizer_step, epoch or best make no sense")
     state["state"]["step"] = step
     optimizer.load_state_dict(state)
-    saved = metadata.get("arguments") or {}
+    saved = {"dropout": 0.0, **(metadata.get("arguments") or {})}
     for name in ("data_digest", "processes", *RESUMED, "val_count", "augment", "amp"):
         mine = getattr(args, name, False)
         if RANK == 0 and name in saved and saved[name] != mine:

@@ -27,8 +27,8 @@ else
 fi
 python3 data/prepare.py sample --out "$folder" >/dev/null
 
-# run NAME COMMAND...: trains, and prints the last epoch's line of its CSV. Without dropout, which a
-# graph draws anew, the losses of one device and of a graph are the same.
+# run NAME COMMAND...: trains, and prints the last epoch's line of its CSV. Without dropout, which
+# graphs don't have, so that the losses compare.
 run() {
     if "${@:2}" --device "$device" --data_path "$folder/train_image" --val_count 4 \
         --base_channels $width --batch_size $batch --epochs $epochs --repeat $repeat --dropout 0 --num_workers 2 \

@@ -3,7 +3,7 @@
     source env.sh
     python3 benchmarks/recipe.py --name recipe --epochs 50
     python3 benchmarks/recipe.py --name elastic --epochs 50 --augment flip rotate elastic
-    python3 benchmarks/recipe.py --name plain --epochs 15 --dropout 0
+    python3 benchmarks/recipe.py --name smoothing --epochs 15 --dropout 0 --smoothing 0.1
 
 Takes the flags of TrainUnetDataSet.py that say how to train (not --resume), whose defaults are the
 recipe, and besides those below, for what was tried and not kept. The last five slices of

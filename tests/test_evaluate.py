@@ -177,11 +177,11 @@ def test_bad_input_is_one_line(oracle, tmp_path):
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert said in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
-    inputs = [tmp_path / f"{name}/0.png" for name in ("small", "test_label", "test_image")]
+    inputs = [tmp_path / f"{name}/0.png" for name in ("grey", "test_label", "test_image")]
     before = [file.read_bytes() for file in inputs]
     for file in inputs:  # the scores would take the place of a slice
         flags = ("--prediction", "grey", "--label", "test_label", "--json", file)
-        flags = ("--prediction", "small", *flags[2:]) if file is inputs[0] else flags
         done = script("evaluate.py", *flags, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
+        assert "--json" in done.stderr and "is one of the images" in done.stderr
     assert [file.read_bytes() for file in inputs] == before

@@ -11,15 +11,17 @@ import pytest
 
 EAGER, GRAPH = "TrainUnetDataSet.py", "graph_train.py"
 LAST = "checkpoints/last.safetensors"
-# 5 slices, 3 times each, in batches of 4: the last one is short. A graph draws other dropout.
-FLAGS = ("--crop", 32, "--val_count", 1, "--repeat", 3, "--dropout", 0)
+# 5 slices, 3 times each, in batches of 4: the last one is short.
+FLAGS = ("--crop", 32, "--val_count", 1, "--repeat", 3)
+# A graph has these anyway.
+LIKE_A_GRAPH = ("--cpu_kernels", "off", "--dropout", 0)
 
 
 def run(name, slices, folder, *flags):
     """Train in the folder, which is made, on OneFlow's own kernels; returns it."""
     folder.mkdir(exist_ok=True)
-    kernels = ("--cpu_kernels", "off") if name == EAGER else ()  # a graph's are always those
-    done = script(name, *SMALL, *FLAGS, *kernels, "--data_path", slices, *flags, cwd=folder)
+    more = LIKE_A_GRAPH if name == EAGER else ()
+    done = script(name, *SMALL, *FLAGS, *more, "--data_path", slices, *flags, cwd=folder)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder
 

@@ -161,6 +161,35 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     assert abs(losses.mean() - (losses * weight).mean()) > 1e-3
 
 
+def test_dropout_reaches_the_net(slices, tmp_path, monkeypatch):
+    """By default, not with 0; ranks draw their own; runs older than the flag go on without it."""
+    losses = {}
+    for name, flags in (("default", ()), ("same", ("--dropout", 0.5)), ("none", ("--dropout", 0))):
+        (tmp_path / name).mkdir()
+        train("--data_path", slices, "--epochs", 1, *flags, cwd=tmp_path / name)
+        losses[name] = rows_of(tmp_path / name / "Unet_train.csv")[0]["train_loss"]
+    assert losses["default"] == losses["same"] != losses["none"]
+
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(engine, "RANK", rank)
+        engine.seed_epoch(0, 1)
+        drawn.append((flow.rand(9).numpy(), np.random.rand(9)))
+    assert not np.array_equal(drawn[0][0], drawn[1][0])
+    assert np.array_equal(drawn[0][1], drawn[1][1])  # the order of slices
+
+    last = tmp_path / "none/checkpoints/last.safetensors"
+    tensors, metadata = tensors_of(last), metadata_of(last)
+    del metadata["checksum"], metadata["arguments"]["dropout"]
+    engine.write_checkpoint(last, tensors, metadata)
+    again = ("--data_path", slices, "--resume", last, "--epochs", 2, "--device", "cpu")
+    done = script("TrainUnetDataSet.py", *again, "--dropout", 0.5, cwd=tmp_path / "none")
+    assert "was trained: dropout 0.0 -> 0.5\n" in done.stdout
+    engine.write_checkpoint(last, tensors, metadata)
+    done = script("TrainUnetDataSet.py", *again, cwd=tmp_path / "none")
+    assert done.returncode == 0 and "trained: dropout" not in done.stdout
+
+
 def test_more_epochs_go_on_along_the_longer_cosine(slices, tmp_path):
     """Resumed with a larger --epochs, the step size jumps to the new cosine; that is said."""
     train("--epochs", 2, cwd=tmp_path)
