@@ -93,8 +93,9 @@ unfinished = set()  # files that write_whole is writing: interrupt() removes the
 def run(main):
     """Call `main()` and end the process: 0 done, 2 bad input (one line), 130 interrupted, 1 else.
 
-    Among several ranks a process has to end by `os._exit`: OneFlow's own shutdown waits for the
-    other ranks, which wait for this one.
+    By `os._exit`, without OneFlow's own shutdown: now and then it hangs, for ever, in a thread that
+    waits for work; and a rank that failed would wait there for the other ranks, which wait for it.
+    Only ranks that all went well need it, so that the first to end doesn't disturb the others.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
@@ -125,7 +126,7 @@ def run(main):
     except OSError as error:  # a full disk, or `| head`: what is left to print would raise again
         complain(f"output: {error.strerror}")
         os._exit(code or 1)
-    if WORLD_SIZE > 1 and code:
+    if WORLD_SIZE == 1 or code:
         os._exit(code)
     sys.exit(code)
 

@@ -161,6 +161,13 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     assert abs(losses.mean() - (losses * weight).mean()) > 1e-3
 
 
+def test_a_script_ends_without_oneflows_shutdown():
+    """What OneFlow registers to be called at the end has hung, after all was written."""
+    program = "import atexit, engine; atexit.register(print, 'late'); engine.run(lambda: print(1))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n")
+
+
 def test_dropout_reaches_the_net(slices, tmp_path, monkeypatch):
     """By default, not with 0; ranks draw their own; runs older than the flag go on without it."""
     losses = {}
