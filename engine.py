@@ -344,7 +344,6 @@ def parse_args(doc, argv=None, amp=False):
         saved = metadata.get("arguments")
         if not isinstance(saved, dict):
             raise InputError(f"{args.resume}: holds weights only, too little to go on from")
-        saved = {"dropout": 0.0, **saved}  # older runs had none
         said = {word.split("=")[0] for word in argv}
         for name in PATHS:
             unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
@@ -727,6 +726,8 @@ def load_checkpoint(path, trust_pickle=False):
         # Others' metadata, such as PyTorch's format: pt, aren't JSON.
         with suppress(ValueError, RecursionError):
             metadata[key] = json.loads(text)
+    if isinstance(metadata.get("arguments"), dict):
+        metadata["arguments"].setdefault("dropout", 0.0)  # older runs had none
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
     return tensors, optimizer, metadata
 
@@ -818,7 +819,7 @@ def resume(args, net, optimizer):
         raise InputError(f"{args.resume}: its optimizer_step, epoch or best make no sense")
     state["state"]["step"] = step
     optimizer.load_state_dict(state)
-    saved = {"dropout": 0.0, **(metadata.get("arguments") or {})}
+    saved = metadata.get("arguments") or {}
     for name in ("data_digest", "processes", *RESUMED, "val_count", "augment", "amp"):
         mine = getattr(args, name, False)
         if RANK == 0 and name in saved and saved[name] != mine:
