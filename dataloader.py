@@ -387,8 +387,9 @@ class SelfDataSet(Dataset):
         return len(self.pairs) * self.repeat
 
     def __getitem__(self, index):
-        if index >= len(self):
+        if not -len(self) <= index < len(self):
             raise IndexError(index)  # what ends `for pair in data_set`
+        index %= len(self)
         slice_file, label_file = self.pairs[index % len(self.pairs)]
         maps = [normalise(read_slice(*slice_file)), read_label(*label_file)]
         if self.border_weight:

@@ -400,7 +400,9 @@ def say(error):
 def prepare(args):
     """Run one command. Raises PrepareError or OSError, the data folder then being as before."""
     marker = SAMPLE if args.command == "sample" else ISBI
-    refuse_foreign(args.out, marker)  # before the download, not after it
+    # What can't be written where is said before the download, not after it.
+    refuse_foreign(args.out, marker)
+    tempfile.TemporaryFile(dir=args.out if args.out.exists() else args.out.parent).close()
     remove_stale(args.out)
     if marker == ISBI:
         print(TERMS, flush=True)

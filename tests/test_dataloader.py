@@ -60,7 +60,7 @@ def test_every_problem_is_listed(slices):
 
 def test_bit_depth_colour_and_stacks(slices, tmp_path, capfd):
     """8 or 16 bit, grey or colour, files or a multi-page TIFF: the pairs come out the same."""
-    pairs = [SelfDataSet(slices)[i] for i in range(6)]
+    pairs = [SelfDataSet(slices)[i] for i in range(-6, 0)]
     images = [read_slice(slices / f"{i}.png") for i in range(6)]
     labels = [read_slice(slices.with_name("train_label") / f"{i}.png") for i in range(6)]
     other = tmp_path / "other"

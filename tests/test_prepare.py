@@ -229,9 +229,15 @@ def test_full_disk_changes_nothing(tiny, out, tmp_path):
     """When the disk is full, one line says so, and neither data nor temporary files are left."""
     base, _, digests = tiny
     before = tree(tmp_path)
-    for target in (out, tmp_path / "new", tmp_path / "data" / "notes.txt" / "below a file"):
+    for source, target in (
+        (base / "tiny.zip", out),
+        (base / "tiny.zip", tmp_path / "new"),
+        # where nothing can be written, nothing is downloaded
+        ("http://127.0.0.1:1/x", tmp_path / "data" / "notes.txt" / "below a file"),
+        ("http://127.0.0.1:1/x", tmp_path / "no" / "folder"),
+    ):
         done = run(
-            *("isbi", "--source", base / "tiny.zip", "--out", target),
+            *("isbi", "--source", source, "--out", target),
             DIGESTS=digests,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
         )
