@@ -109,8 +109,9 @@ def count_pages(file):
     """The number of pages of a TIFF, 1 for any other file: what its chain of directories says.
 
     Counted here, since libtiff counts a chain that leads beyond the end of the file as one that
-    ends there, and slices would be missing in silence. Raises InputError for such a file, and for
-    an ImageJ stack whose slices lie behind its only page.
+    ends there, and slices would be missing in silence. Raises InputError for such a file, for an
+    ImageJ stack whose slices lie behind its only page, and for pages of more than 8 bit in which 0
+    is white, which OpenCV would read as black.
     """
     damaged = InputError(f"{file}: is damaged or cut off, its pages can't be counted")
     with open(file, "rb") as tiff:
@@ -135,8 +136,13 @@ def count_pages(file):
             if directory in seen:
                 raise damaged
             seen.add(directory)
-            entries = number(directory, count_bytes)
-            directory = number(directory + count_bytes + entries * entry_bytes, offset_bytes)
+            entries, start = number(directory, count_bytes), directory + count_bytes
+            tags = {}
+            for entry in range(start, start + min(entries, 9) * entry_bytes, entry_bytes):
+                tags[number(entry, 2)] = number(entry + 4 + offset_bytes, 2)
+            if tags.get(262) == 0 and tags.get(258, 1) > 8:  # PhotometricInterpretation, bits
+                raise InputError(f"{file}: has 0 for white, save it with 0 for black")
+            directory = number(start + entries * entry_bytes, offset_bytes)
         tiff.seek(0)
         said = re.search(rb"ImageJ=[^\0]*\nimages=(\d+)", tiff.read(2**16))
         if said and int(said[1]) > len(seen):  # ImageJ's own way past 4 GB

@@ -345,6 +345,10 @@ def test_kinds_of_images(tmp_path):
     # One bit, a palette, white as 0, colour with and without transparency, CMYK.
     for kind, expected in (("minisblack", light), ("miniswhite", ~light)):
         np.testing.assert_array_equal(write("bit.tif", light, photometric=kind), expected * 255)
+    for dtype, big, order in ((np.uint16, False, ">"), (np.float32, True, "<")):
+        options = {"photometric": "miniswhite", "bigtiff": big, "byteorder": order}
+        with pytest.raises(InputError, match="0 for white"):
+            write("white.tif", grey.astype(dtype), **options)
     falling = np.arange(255, -1, -1)
     table = np.stack([falling * 257] * 3).astype(np.uint16)
     inverted = write("palette.tif", image, photometric="palette", colormap=table)
