@@ -51,6 +51,8 @@ cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
 SUFFIXES = {".png", ".tif", ".tiff"}
 LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no slice
+# TIFF tags: BitsPerSample, PhotometricInterpretation, Orientation, SamplesPerPixel, PlanarConfig
+MISREAD = (258, 262, 274, 277, 284)
 KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
 AUGMENTATIONS = ("flip", "rotate", "elastic")
 
@@ -110,8 +112,7 @@ def count_pages(file):
 
     Counted here, since libtiff counts a chain that leads beyond the end of the file as one that
     ends there, and slices would be missing in silence. Raises InputError for such a file, for an
-    ImageJ stack whose slices lie behind its only page, and for pages of more than 8 bit in which 0
-    is white, which OpenCV would read as black.
+    ImageJ stack whose slices lie behind its only page, and for pages that OpenCV would misread.
     """
     damaged = InputError(f"{file}: is damaged or cut off, its pages can't be counted")
     with open(file, "rb") as tiff:
@@ -137,11 +138,20 @@ def count_pages(file):
                 raise damaged
             seen.add(directory)
             entries, start = number(directory, count_bytes), directory + count_bytes
-            tags = {}
-            for entry in range(start, start + min(entries, 9) * entry_bytes, entry_bytes):
+            tags = dict.fromkeys(MISREAD, 1)
+            for entry in range(start, start + min(entries, 30) * entry_bytes, entry_bytes):
                 tags[number(entry, 2)] = number(entry + 4 + offset_bytes, 2)
-            if tags.get(262) == 0 and tags.get(258, 1) > 8:  # PhotometricInterpretation, bits
+            bits, photometric, orientation, samples, planes = (tags[tag] for tag in MISREAD)
+            if photometric == 0 and samples == 1 and bits > 8:  # OpenCV takes 0 for black
                 raise InputError(f"{file}: has 0 for white, save it with 0 for black")
+            if orientation > 1:  # OpenCV turns it, other programs don't
+                raise InputError(f"{file}: is stored turned or mirrored, save it upright")
+            grey = photometric < 2 and (samples, bits) != (2, 8)  # grey with transparency is fine
+            if samples > 1 and (grey or planes == 2):  # OpenCV mixes them up or leaves some out
+                raise InputError(
+                    f"{file}: has {samples} slices or colours in one page, save grey slices, a "
+                    "page for each"
+                )
             directory = number(start + entries * entry_bytes, offset_bytes)
         tiff.seek(0)
         said = re.search(rb"ImageJ=[^\0]*\nimages=(\d+)", tiff.read(2**16))
@@ -170,8 +180,8 @@ def decode(file, page=0):
         ok = False
     if not ok:
         raise InputError(
-            f"{file}: can't be read as an image, is it a whole PNG or TIFF file, and one of "
-            "8 or 16 bit or of 32 bit floats?"
+            f"{file}: can't be read as an image, is it a whole PNG or TIFF file, one of 8 or 16 "
+            "bit or of 32 bit floats, and of no more than 2^30 pixels?"
         )
     image = pages[0]
     if image.size > max(LARGE, 500 * Path(file).stat().st_size):
@@ -274,8 +284,9 @@ class SelfDataSet(Dataset):
     """Pairs of slice and label.
 
     data_path: folder or stack of slices.
-    label_path: folder or stack of labels with the same file names; by default the sibling of
-        data_path whose last component has `label` for `image`.
+    label_path: folder or stack of labels; by default the sibling of data_path whose last component
+        has `label` for `image`. Two folders pair by file name (`0.png` and `0.tif` do too), else
+        order pairs them.
     augment: any of "flip" (both directions), "rotate" (right angles), "elastic" (smooth
         deformation); none by default.
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
@@ -290,8 +301,8 @@ class SelfDataSet(Dataset):
     hold each pair's name and (H, W), `digest` is a SHA-256 of all their pixels.
 
     All pairs are checked here, once. Raises InputError that lists every missing label, unreadable
-    file, label of another size and label without exactly two values, or when a slice is smaller
-    than the crop.
+    file, label of another size and label without exactly two values (20 of them at most), or when a
+    slice is smaller than the crop.
     """
 
     def __init__(
@@ -319,10 +330,10 @@ class SelfDataSet(Dataset):
         self.augment, self.crop, self.repeat = tuple(augment), crop, repeat
         self.border_weight, self.seed, self.epoch = border_weight, seed, 0
         labels = list_slices(label_path)
-        if data_path.is_dir():
-            of_name = {(file.name, page): (file, page) for _, file, page in labels}
-            pairs = [(s, of_name.get((s[1].name, s[2]))) for s in slices]
-        elif len(slices) == len(labels):  # two stacks: page by page, their names don't matter
+        if data_path.is_dir() and label_path.is_dir():
+            of_name = {name: (file, page) for name, file, page in labels}
+            pairs = [(s, of_name.get(s[0])) for s in slices]
+        elif len(slices) == len(labels):  # of a stack, page by page, names don't matter
             pairs = [(s, label[1:]) for s, label in zip(slices, labels, strict=True)]
         else:
             raise InputError(
@@ -365,7 +376,8 @@ class SelfDataSet(Dataset):
                 bar.update(len(some))
         self.digest = digest.hexdigest()
         if problems:
-            raise InputError("; ".join(problems))
+            more = f"; … and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise InputError("; ".join(problems[:20]) + more)
         if crop and crop > min(map(min, self.shapes), default=crop):
             small = min(zip(self.shapes, self.names, strict=True), key=lambda item: min(item[0]))
             raise InputError(f"--crop {crop} is larger than slice {small[1]} of {small[0]} pixels")

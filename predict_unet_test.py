@@ -10,6 +10,7 @@ NAME_cells.png (16 bit, a number for each cell, 0 on the lines between them) and
 (the cells coloured). The weights are those of your last training, else those in this repository.
 """
 
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,6 +124,8 @@ def write_png(path, image):
 
 def write_slice(path, image, probability, threshold, with_cells):
     """Write the pictures of one slice as PATH_prob.png and so on; image is the raw slice (H, W)."""
+    for kind in ("prob", "mask", "overlay", "cells", "colours"):  # of another run: they don't fit
+        Path(f"{path}_{kind}.png").unlink(missing_ok=True)
     mask = probability > threshold
     write_png(f"{path}_prob.png", np.rint(probability * 255).astype(np.uint8))
     write_png(f"{path}_mask.png", mask.astype(np.uint8) * 255)
@@ -196,12 +199,13 @@ def main():
             "slices need one of each"
         )
     slices = list_slices(args.Test_Data_path)
-    pixels = 0
+    shapes = []
     for _, file, page in slices:  # all of them, before hours of work
-        shape = read_slice(file, page).shape
-        pixels += shape[0] * shape[1]
-        if min(shape) < MIN_SIDE:
+        shapes.append(read_slice(file, page).shape)
+        if min(shapes[-1]) < MIN_SIDE:
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels")
+        if args.stack and shapes[-1] != shapes[0]:
+            raise InputError(f"{file}: is of another size than the first slice, leave out --stack")
     net = net.to(device).eval()
     if args.cpu_kernels == "auto":
         accelerate(net)
@@ -222,7 +226,8 @@ def main():
     with ExitStack() as open_files:
         if args.stack:
             file = open_files.enter_context(engine.write_whole(args.stack))
-            big = 4 * pixels > 2**32 - 2**25  # beyond what a plain TIFF's offsets reach
+            # beyond what a plain TIFF's offsets reach
+            big = 4 * len(shapes) * math.prod(shapes[0]) > 2**32 - 2**25
             stack = open_files.enter_context(tifffile.TiffWriter(file, bigtiff=big))
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)

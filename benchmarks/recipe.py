@@ -7,9 +7,10 @@
 
 Takes the flags of TrainUnetDataSet.py that say how to train (not --resume), whose defaults are the
 recipe, and besides those below, for what was tried and not kept. The last five slices of
---data_path are held out (--val_count; or --val_path), and scored after the last epoch, each score
-at its best threshold, without and with the 8 flips and turns averaged (--tta). A second row is for
-slices continued by mirrored pixels (--mirror 32). Nothing is written but the rows.
+--data_path are held out (--val_count; or --val_path), and scored after the last epoch, without and
+with the 8 flips and turns averaged (--tta): each score at its best threshold (which one; and the
+score at 0.5). A second row is for slices continued by mirrored pixels (--mirror 32). Nothing is
+written but the rows.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import engine
 from cpu_kernels import accelerate
 from dataloader import InputError, SelfDataSet
 from predict_unet_test import predict_mirrored, predict_symmetries, predict_tiled
-from scores import best, evaluate
+from scores import THRESHOLDS, best, evaluate
 from unet import UNet
 
 import numpy as np
@@ -165,7 +166,8 @@ def main():
                 found = evaluate(found, labels)
                 for kind in ("v_rand", "v_info", "pixel_misclassification"):
                     value, threshold = best(found, kind)
-                    cells.append(f"{value:.4f} ({threshold:.1f})")
+                    (middle,) = found[kind][THRESHOLDS == 0.5]
+                    cells.append(f"{value:.4f} ({threshold:.1f}; {middle:.4f})")
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

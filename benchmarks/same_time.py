@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 TURN = 20  # seconds
 
 
-def work(library, base_channels, folder):
+def work(library, base_channels, seed, folder):
     """Answer each line of stdin, seconds to train or "predict", with a line of JSON."""
     if library == "PyTorch":
         import torch as flow
@@ -56,7 +56,7 @@ def work(library, base_channels, folder):
         accelerate(net)
     optimizer = flow.optim.Adam(net.parameters(), lr=1e-3)
     criterion = flow.nn.BCEWithLogitsLoss()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(int(seed))
     order, steps, late = [], 0, 0
     for line in sys.stdin:
         if line == "predict\n":
@@ -98,7 +98,7 @@ def main():
     add("--val_count", type=engine.number(int, 1), default=5, help="the last N are held out (5)")
     add("--minutes", type=engine.number(float, 0, above=True), default=10, help="for each (10)")
     add("--base_channels", type=engine.number(int, 1), default=16, help="channels (16)")
-    add("--seed", type=engine.number(int, 0), default=0, help="of the weights to start with (0)")
+    add("--seed", type=engine.number(int, 0), default=0, help="of weights and order (0)")
     python = HERE / ".venv/bin/python"
     add("--torch_python", type=Path, default=python, help="of an environment with PyTorch")
     args = parser.parse_args()
@@ -122,9 +122,10 @@ def main():
         np.savez(Path(folder) / "weights.npz", **{n: w.numpy() for n, w in weights.items()})
         workers = {}
         for name, python in (("OneFlow", sys.executable), ("PyTorch", args.torch_python)):
-            command = [python, __file__, "--worker", name, str(args.base_channels), folder]
+            command = [python, __file__, "--worker", name, args.base_channels, args.seed, folder]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            workers[name] = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+            process = subprocess.Popen([str(word) for word in command], text=True, **pipes)
+            workers[name] = stack.enter_context(process)
 
         def ask(name, command):
             print(command, file=workers[name].stdin, flush=True)

@@ -168,7 +168,7 @@ def test_bad_input_is_one_line(oracle, tmp_path):
         ("two.tif", "test_label"): "two.tif",
         ("logits.tif", "test_label"): "logits.tif",
         ("small", "test_label"): "small/2.png",
-        ("renamed", "test_label"): "test_label",
+        ("renamed", "test_label"): "has 0, but renamed does not",
         ("found", "grey"): "grey/0.png",
     }
     for (prediction, label), said in cases.items():

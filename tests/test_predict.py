@@ -87,12 +87,15 @@ def test_cells(trained):
 
 
 def test_no_cell_where_there_is_no_interior(tmp_path):
-    """All membrane: no cell has a number, nothing is coloured."""
+    """All membrane: no cell has a number, nothing is coloured; an older run's cells go."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 50)).astype(np.uint8)
     predict_unet_test.write_slice(tmp_path / "a", noise, np.zeros((40, 50)), 0.5, True)
     assert not cv2.imread(str(tmp_path / "a_cells.png"), -1).any()
     colours = cv2.imread(str(tmp_path / "a_colours.png"))
     assert (colours == colours[:, :, :1]).all()
+    predict_unet_test.write_slice(tmp_path / "a", noise, np.ones((40, 50)), 0.5, False)
+    kinds = ("mask", "overlay", "prob")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a_{k}.png" for k in kinds]
 
 
 def test_interrupting_leaves_whole_files_only(trained):
@@ -213,6 +216,9 @@ def test_bad_input_is_one_line(trained):
     (trained / "broken/0.png").write_bytes(b"\x89PNG\r\n")
     small = trained / "small.png"
     cv2.imwrite(str(small), np.zeros((15, 40), np.uint8))
+    (trained / "sizes").mkdir()
+    for name, size in (("0", 40), ("1", 41)):
+        cv2.imwrite(str(trained / f"sizes/{name}.png"), np.zeros((size, 40), np.uint8))
     (trained / "file").write_text("in the way")
     state = UNet(3, 1, bilinear=False, base_channels=2).state_dict()
     colour = {name: tensor.numpy() for name, tensor in state.items()}
@@ -227,6 +233,7 @@ def test_bad_input_is_one_line(trained):
         (("--checkpoint", "file"), "file"),
         (("--checkpoint", "colour.safetensors"), "3 channels"),
         (("--stack", "new"), "new"),
+        (("--Test_Data_path", "sizes", "--stack", "s.tif"), "sizes/1.png: is of another size"),
         (("--threshold", 1.5), "--threshold"),
         (("--tile", 100), "--tile"),
         (("--device", "cuda"), "--device"),
@@ -235,7 +242,7 @@ def test_bad_input_is_one_line(trained):
     )
     for flags, said in cases:
         given = {"--Test_Data_path": "new/train_image", "--save_res_path": "d"}
-        given.update([flags])
+        given.update(zip(flags[::2], flags[1::2], strict=True))
         done = predict(*(part for pair in given.items() for part in pair), cwd=trained)
         assert done.returncode == 2, flags
         assert one_line(done.stderr) and said in done.stderr, done.stderr

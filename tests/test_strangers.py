@@ -353,7 +353,23 @@ def test_kinds_of_images(tmp_path):
     table = np.stack([falling * 257] * 3).astype(np.uint16)
     inverted = write("palette.tif", image, photometric="palette", colormap=table)
     np.testing.assert_allclose(inverted, 255 - grey, atol=1)
-    np.testing.assert_allclose(write("rgb.tif", np.dstack([image] * 3), photometric="rgb"), grey)
+    colour = np.dstack([image, image // 2, 255 - image])
+    luma = colour @ (0.299, 0.587, 0.114)
+    np.testing.assert_allclose(write("rgb.tif", colour, photometric="rgb"), luma, atol=1)
+    deep = write("deep.tif", colour.astype(np.uint16) * 257, photometric="rgb")
+    np.testing.assert_allclose(deep / 257, luma, atol=1)
+    # What OpenCV would turn, mix up or leave out.
+    for orientation in range(2, 9):
+        with pytest.raises(InputError, match="upright"):
+            write("turned.tif", image, extratags=[(274, "H", 1, orientation, True)])
+    for dtype in (np.uint8, np.uint16):
+        planes = np.stack([image] * 3).astype(dtype)
+        for kind, config in (("rgb", "separate"), ("minisblack", "separate")):
+            with pytest.raises(InputError, match="3 slices or colours in one page"):
+                write("planes.tif", planes, photometric=kind, planarconfig=config)
+    pair = np.dstack([image, image]).astype(np.uint16)
+    with pytest.raises(InputError, match="2 slices or colours in one page"):
+        write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
     ink = np.dstack([image * 0] * 3 + [255 - image])
     np.testing.assert_allclose(write("cmyk.tif", ink, photometric="separated"), grey, atol=1)
     pixels = [b"\0" + row.tobytes() for row in image]
