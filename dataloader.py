@@ -51,8 +51,9 @@ cv2.setLogLevel(0)  # what OpenCV would log is in InputError
 
 SUFFIXES = {".png", ".tif", ".tiff"}
 LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no slice
-# TIFF tags: BitsPerSample, PhotometricInterpretation, Orientation, SamplesPerPixel, PlanarConfig
-MISREAD = (258, 262, 274, 277, 284)
+# TIFF tags that say how OpenCV misreads a page, and the bytes of their types BYTE, SHORT and LONG
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR, EXTRA = TAGS = (258, 262, 274, 277, 284, 338)
+TYPE_BYTES = {1: 1, 3: 2, 4: 4}
 KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
 AUGMENTATIONS = ("flip", "rotate", "elastic")
 
@@ -138,19 +139,23 @@ def count_pages(file):
                 raise damaged
             seen.add(directory)
             entries, start = number(directory, count_bytes), directory + count_bytes
-            tags = dict.fromkeys(MISREAD, 1)
-            for entry in range(start, start + min(entries, 30) * entry_bytes, entry_bytes):
-                tags[number(entry, 2)] = number(entry + 4 + offset_bytes, 2)
-            bits, photometric, orientation, samples, planes = (tags[tag] for tag in MISREAD)
-            if photometric == 0 and samples == 1 and bits > 8:  # OpenCV takes 0 for black
+            tags = dict.fromkeys(TAGS, 1) | {EXTRA: 0}
+            for entry in range(start, start + min(entries, 99) * entry_bytes, entry_bytes):
+                tag, kind = number(entry, 2), number(entry + 2, 2)
+                if tag in tags and kind in TYPE_BYTES:
+                    tags[tag] = number(entry + 4 + offset_bytes, TYPE_BYTES[kind])
+            grey, samples = tags[PHOTOMETRIC] < 2, tags[SAMPLES]
+            if tags[PHOTOMETRIC] == 0 and samples == 1 and tags[BITS] > 8:  # taken for black
                 raise InputError(f"{file}: has 0 for white, save it with 0 for black")
-            if orientation > 1:  # OpenCV turns it, other programs don't
+            if 2 <= tags[ORIENTATION] <= 8:  # turned by OpenCV, but not by other programs
                 raise InputError(f"{file}: is stored turned or mirrored, save it upright")
-            grey = photometric < 2 and (samples, bits) != (2, 8)  # grey with transparency is fine
-            if samples > 1 and (grey or planes == 2):  # OpenCV mixes them up or leaves some out
+            # Of these OpenCV leaves some out or mixes them up; three slices that tifffile took for
+            # colours it would make one. Grey of 8 bit with transparency (1, 2) it reads.
+            transparent = samples == 2 and tags[BITS] == 8 and tags[EXTRA] in (1, 2)
+            if samples > 1 and (tags[PLANAR] == 2 or (grey and not transparent)):
                 raise InputError(
-                    f"{file}: has {samples} slices or colours in one page, save grey slices, a "
-                    "page for each"
+                    f"{file}: a page holds {samples} channels (slices, colours, transparency), "
+                    "save a grey one a page"
                 )
             directory = number(start + entries * entry_bytes, offset_bytes)
         tiff.seek(0)

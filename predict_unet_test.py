@@ -124,8 +124,6 @@ def write_png(path, image):
 
 def write_slice(path, image, probability, threshold, with_cells):
     """Write the pictures of one slice as PATH_prob.png and so on; image is the raw slice (H, W)."""
-    for kind in ("prob", "mask", "overlay", "cells", "colours"):  # of another run: they don't fit
-        Path(f"{path}_{kind}.png").unlink(missing_ok=True)
     mask = probability > threshold
     write_png(f"{path}_prob.png", np.rint(probability * 255).astype(np.uint8))
     write_png(f"{path}_mask.png", mask.astype(np.uint8) * 255)
@@ -240,6 +238,8 @@ def main():
         print(f"{args.stack}: {len(slices)} slices, float32, 0 = membrane, 1 = interior")
     kinds = ("prob", "mask", "overlay") + ("cells", "colours") * args.cells
     print(f"{len(slices)} slices: {folder}/NAME_" + ".png, NAME_".join(kinds) + ".png")
+    if not args.cells and any((folder / f"{name}_cells.png").exists() for name, *_ in slices):
+        print(f"{folder}/NAME_cells.png and NAME_colours.png are older; --cells makes them anew")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
 Takes the flags of TrainUnetDataSet.py that say how to train (not --resume), whose defaults are the
 recipe, and besides those below, for what was tried and not kept. The last five slices of
 --data_path are held out (--val_count; or --val_path), and scored after the last epoch, without and
-with the 8 flips and turns averaged (--tta): each score at its best threshold (which one; and the
-score at 0.5). A second row is for slices continued by mirrored pixels (--mirror 32). Nothing is
-written but the rows.
+with the 8 flips and turns averaged (--tta). A score is printed as BEST (the threshold where it is
+best; the score at 0.5). A second row is for slices continued by mirrored pixels (--mirror 32).
+Nothing is written but the rows.
 """
 
 import argparse

@@ -361,15 +361,23 @@ def test_kinds_of_images(tmp_path):
     # What OpenCV would turn, mix up or leave out.
     for orientation in range(2, 9):
         with pytest.raises(InputError, match="upright"):
-            write("turned.tif", image, extratags=[(274, "H", 1, orientation, True)])
+            kind = "BHI"[orientation % 3]  # BYTE, SHORT or LONG
+            tags = [(274, kind, 1, orientation, True)]
+            write("turned.tif", image, extratags=tags, byteorder="<>"[orientation % 2])
     for dtype in (np.uint8, np.uint16):
-        planes = np.stack([image] * 3).astype(dtype)
-        for kind, config in (("rgb", "separate"), ("minisblack", "separate")):
-            with pytest.raises(InputError, match="3 slices or colours in one page"):
-                write("planes.tif", planes, photometric=kind, planarconfig=config)
-    pair = np.dstack([image, image]).astype(np.uint16)
-    with pytest.raises(InputError, match="2 slices or colours in one page"):
-        write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
+        planes, pair = (np.stack([image] * n, axis).astype(dtype) for n, axis in ((3, 0), (2, -1)))
+        for kind in ("rgb", "minisblack"):
+            with pytest.raises(InputError, match="3 channels"):
+                write("planes.tif", planes, photometric=kind, planarconfig="separate")
+        with pytest.raises(InputError, match="2 channels"):
+            write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
+    opaque = np.dstack([image, image * 0 + 255])
+    options = {
+        "photometric": "minisblack",
+        "planarconfig": "contig",
+        "extrasamples": ["unassalpha"],
+    }
+    np.testing.assert_array_equal(write("alpha.tif", opaque, **options), image)
     ink = np.dstack([image * 0] * 3 + [255 - image])
     np.testing.assert_allclose(write("cmyk.tif", ink, photometric="separated"), grey, atol=1)
     pixels = [b"\0" + row.tobytes() for row in image]
