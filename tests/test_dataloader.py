@@ -40,8 +40,13 @@ def test_natural_order(tmp_path):
     assert held_out.names == ["10", "11²0"]
 
 
-def test_every_problem_is_listed(slices):
+def test_every_problem_is_listed(slices, tmp_path):
     """Missing, unreadable, mismatched and grey labels are all named at once, when constructing."""
+    write_pairs(tmp_path / "many", 25)
+    for i in range(1, 25):
+        (tmp_path / f"many/train_label/{i}.png").unlink()
+    with pytest.raises(InputError, match=r"/20\.png: no label .*; … and 4 more$"):
+        SelfDataSet(tmp_path / "many/train_image")
     labels = slices.with_name("train_label")
     (labels / "0.png").unlink()
     whole = (labels / "1.png").read_bytes()
