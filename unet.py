@@ -17,6 +17,31 @@ from oneflow.nn import functional as F
 MIN_SIDE = 16  # four poolings halve a side four times
 
 
+class Dropout(nn.Module):
+    """Sets a share p of the numbers to 0 in training and divides the rest by 1 - p.
+
+    Not nn.Dropout, which draws the same numbers for every seed and in every layer.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return F.dropout(x, self.p) if self.training and self.p else x
+
+
+class PadTo(nn.Module):
+    """Zeros around x up to the sides of skip: pooling dropped the last row or column of an odd side."""
+
+    def forward(self, x, skip):
+        missing_h, missing_w = (skip.shape[i] - x.shape[i] for i in (2, 3))
+        if not (missing_h or missing_w):
+            return x
+        left, top = missing_w // 2, missing_h // 2
+        return F.pad(x, (left, missing_w - left, top, missing_h - top))
+
+
 class DoubleConv(nn.Module):
     """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W).
 
@@ -69,16 +94,10 @@ class Up(nn.Module):
         else:
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
             self.conv = DoubleConv(in_channels, out_channels)
+        self.pad = PadTo()
 
     def forward(self, x, skip):
-        x = self.up(x)
-        # Pooling dropped the last row or column of an odd side: give it back.
-        missing_h = skip.shape[2] - x.shape[2]
-        missing_w = skip.shape[3] - x.shape[3]
-        if missing_h or missing_w:
-            left, top = missing_w // 2, missing_h // 2
-            x = F.pad(x, (left, missing_w - left, top, missing_h - top))
-        return self.conv(skip, x)
+        return self.conv(skip, self.pad(self.up(x), skip))
 
 
 class OutConv(nn.Module):
@@ -115,7 +134,7 @@ class UNet(nn.Module):
         self.n_classes = n_classes
         self.bilinear = bilinear
         self.base_channels = b = base_channels
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         half = 2 if bilinear else 1
         self.inc = DoubleConv(n_channels, b)
         self.down1 = Down(b, 2 * b)
@@ -138,9 +157,8 @@ class UNet(nn.Module):
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)
-        # Not nn.Dropout, which draws the same numbers for every seed and in every layer.
-        x4 = F.dropout(self.down3(x3), self.dropout, self.training)  # (N, 8b, H/8, W/8)
-        x5 = F.dropout(self.down4(x4), self.dropout, self.training)  # (N, 16b or 8b, H/16, W/16)
+        x4 = self.dropout(self.down3(x3))  # (N, 8b, H/8, W/8)
+        x5 = self.dropout(self.down4(x4))  # (N, 16b or 8b, H/16, W/16)
         x = self.up1(x5, x4)  # (N, 8b or 4b, H/8, W/8)
         x = self.up2(x, x3)  # (N, 4b or 2b, H/4, W/4)
         x = self.up3(x, x2)  # (N, 2b or b, H/2, W/2)

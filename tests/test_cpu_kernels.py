@@ -4,10 +4,9 @@ import copy
 import os
 import subprocess
 import sys
-import time
 
 import cpu_kernels
-from conftest import ROOT, launch, script, train
+from conftest import ROOT, launch, one_line, script, train
 from cpu_kernels import accelerate
 from reference import Reference, Value, distance
 from test_training import metadata_of
@@ -83,30 +82,20 @@ def test_unet_equals_float64(batch, height, width, base, training, bilinear):
 @pytest.mark.parametrize(
     "batch, inside, outside, height, width, inputs",
     [
-        (1, 1, 64, 130, 71, 1),  # one channel, many blocks of tiles, sides that 4 doesn't divide
-        (1, 96, 40, 64, 260, 2),  # two inputs, blocks that are parts of rows
-        (2, 300, 20, 24, 20, 3),
+        (1, 1, 64, 130, 71, 1),  # one channel
+        (1, 96, 40, 64, 260, 2),  # two inputs
+        (2, 300, 20, 24, 20, 3),  # numbers of channels that no register divides
         (1, 20, 300, 24, 20, 1),
-        (4, 1024, 8, 4, 4, 2),  # fewer than SMALL pixels
-        (3, 8, 1024, 9, 11, 1),  # several images in a block
-        (1, 3, 5, 1, 2, 1),
-        (1, 12, 12, 7, 1500, 1),  # rows wider than a block
-        (1, 40, 24, 7, 1500, 1),
-        (3, 40, 40, 50, 70, 1),  # several images, several blocks each
+        (4, 1024, 8, 4, 4, 2),  # many channels, few pixels
+        (3, 8, 1024, 9, 11, 1),
+        (1, 3, 5, 1, 2, 1),  # a line of two pixels
+        (1, 12, 12, 7, 1500, 1),  # long rows
+        (3, 40, 40, 50, 70, 1),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "many, narrow", [(4, 32), (0.01, 0), (0.01, 1024), (10**9, 0), (10**9, 1024)]
-)
-def test_double_conv_equals_float64(
-    batch, inside, outside, height, width, inputs, training, many, narrow, monkeypatch
-):
-    """1 to 1024 channels, images of all shapes, several inputs: each way that work is done."""
-    monkeypatch.setattr(cpu_kernels, "MANY", many)  # jobs of blocks, or of weights
-    monkeypatch.setattr(cpu_kernels, "NARROW", narrow)  # Tiles, or Rows
-    if narrow == 0:
-        monkeypatch.setattr(cpu_kernels, "SMALL", 0)
+def test_double_conv_equals_float64(batch, inside, outside, height, width, inputs, training):
+    """1 to 1024 channels, images of all shapes, several inputs."""
     flow.manual_seed(0)
     net = with_statistics(DoubleConv(inside, outside))
     image = normal(batch, inside, height, width)
@@ -117,19 +106,8 @@ def test_double_conv_equals_float64(
     compare(net, image, compute, training, inputs)
 
 
-@pytest.fixture
-def threads(request, monkeypatch):
-    """So many threads, whatever the machine has."""
-    monkeypatch.setattr(cpu_kernels, "THREADS", request.param)
-    cpu_kernels.forget_helpers()
-    yield
-    monkeypatch.undo()
-    cpu_kernels.forget_helpers()
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
-@pytest.mark.parametrize("height, width", [(61, 300), (256, 256), (7, 9000)])  # last: cut rows
-def test_exact_to_the_borders(threads, height, width):
+@pytest.mark.parametrize("height, width", [(61, 300), (256, 256), (7, 9000)])
+def test_exact_to_the_borders(height, width):
     """With all ReLUs open nothing flips, so that one wrong pixel anywhere would show."""
     net = DoubleConv(3, 4)
     for norm in net.double_conv[1::3]:
@@ -138,7 +116,7 @@ def test_exact_to_the_borders(threads, height, width):
     def compute(reference, x):
         return reference.double_conv(x, "", True)
 
-    compare(net, normal(1, 3, height, width), compute, training=True, gradient=1e-4)
+    compare(net, normal(1, 3, height, width), compute, training=True, gradient=1e-3)
 
 
 @pytest.mark.parametrize("gamma, beta", [(-1, 0), (0, 0), (0, 1), (-0.0, 1), (-1, 1), (1, -1)])
@@ -158,17 +136,18 @@ def test_relu_of_exactly_zero_is_closed(gamma, beta):
     )
 
 
-def test_more_channels_than_a_block_has_room_for():
-    """From 4097 channels on a block is a tile, not a division by zero."""
-    assert len(cpu_kernels.cut((0, 1, 0, 2, 0, 3), 0)) == 6
-
-
 def test_large_means_dont_drown_small_variances():
     """Batch statistics stay right where a channel's mean is 1000 times its deviation."""
-    x = 1000 + normal(2, 5, 90, 70)
-    mean, variance = cpu_kernels.statistics(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
-    np.testing.assert_allclose(mean, x.astype(float).mean((0, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(variance, x.astype(float).var((0, 2, 3)), rtol=1e-4)
+    net = accelerate(DoubleConv(1, 1))
+    with flow.no_grad():
+        nn.init.zeros_(net.double_conv[0].weight)
+        net.double_conv[0].weight[0, 0, 1, 1] = 1  # hands the image on
+    x = 1000 + normal(2, 1, 90, 70)
+    with flow.no_grad():
+        net(flow.tensor(x))
+    norm, bias = net.double_conv[1], net.double_conv[0].bias.numpy()
+    np.testing.assert_allclose(norm.running_mean.numpy(), 0.1 * (x.astype(float).mean() + bias), rtol=1e-6)
+    np.testing.assert_allclose(norm.running_var.numpy(), 0.9 + 0.1 * x.astype(float).var(ddof=1), rtol=1e-4)
 
 
 def gradients(net, image):
@@ -203,19 +182,7 @@ def test_accumulated_frozen_and_no_gradients():
     with flow.no_grad():
         without = net(flow.tensor(first))
     assert with_gradient.requires_grad and not without.requires_grad
-    np.testing.assert_array_equal(with_gradient.detach().numpy(), without.numpy())
-
-
-def test_threads_may_use_all_cores_again(monkeypatch):
-    """Only while a kernel computes is its thread set up for that, also when it fails."""
-    monkeypatch.setattr(cpu_kernels, "THREADS", len(cpu_kernels.CORES))
-    cores, size = os.sched_getaffinity(0), np.getbufsize()
-    gradients(accelerate(UNet(1, 1, base_channels=2)), normal(1, 1, 32, 32))
-    assert os.sched_getaffinity(0) == cores
-    with pytest.raises(ZeroDivisionError), cpu_kernels.computing():
-        assert len(os.sched_getaffinity(0)) == 1 and np.getbufsize() != size
-        1 / 0  # noqa: B018
-    assert os.sched_getaffinity(0) == cores and np.getbufsize() == size
+    assert distance(without.numpy(), with_gradient.detach().numpy()) < OUTPUT
 
 
 def test_repeats_bit_for_bit():
@@ -234,7 +201,8 @@ def test_state_dict_and_copies():
     before = {name: (tensor.shape, tensor.dtype) for name, tensor in fast.state_dict().items()}
     assert accelerate(fast) is fast
     assert {n: (t.shape, t.dtype) for n, t in fast.state_dict().items()} == before
-    assert type(accelerate(fast).inc) is cpu_kernels.DoubleConv  # once more changes nothing
+    kind = type(fast.inc)
+    assert type(accelerate(fast).inc) is kind  # once more changes nothing
     fast.load_state_dict(plain.state_dict())
     image = flow.tensor(normal(1, 1, 48, 48))
     twin = copy.deepcopy(fast)
@@ -257,16 +225,37 @@ def test_what_is_not_possible_fails_loudly():
         flow.autograd.grad(net(image).sum(), image, create_graph=True)
 
 
-def test_hooks_inside_a_double_conv_still_fire():
-    """A DoubleConv with hooks on its inner modules runs OneFlow's own kernels, hooks included."""
-    net = accelerate(UNet(1, 1, base_channels=2))
+def test_what_was_changed_inside_fails_loudly():
+    """Hooks and other modules inside, which would be left out in silence, raise; hooks on the net itself fire."""
     image = flow.tensor(normal(1, 1, 32, 32))
-    expected = net(image).numpy()
     seen = []
-    net.inc.double_conv[0].register_forward_hook(lambda *_: seen.append("inner"))
-    net.down1.register_forward_hook(lambda *_: seen.append("block"))
-    assert distance(net(image).numpy(), expected) < OUTPUT
-    assert seen == ["inner", "block"]
+    net = accelerate(UNet(1, 1, base_channels=2))
+    net.register_forward_hook(lambda *_: seen.append("net"))
+    net(image)
+    assert seen == ["net"]
+    for place in ("inc", "down1.maxpool_conv.1.double_conv.0"):
+        net = accelerate(UNet(1, 1, base_channels=2))
+        dict(net.named_modules())[place].register_forward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match="hooks or other modules"):
+            net(image)
+    net = accelerate(UNet(1, 1, base_channels=2))
+    net.inc.double_conv[5] = nn.LeakyReLU(0.5)
+    with pytest.raises(RuntimeError, match="hooks or other modules"):
+        net(image)
+
+
+def test_a_forked_process_is_told_so():
+    """OpenMP's threads don't survive a fork: instead of hanging, the child raises."""
+    net, image = accelerate(UNet(1, 1, base_channels=2)), flow.tensor(normal(1, 1, 32, 32))
+    net(image)
+    child = os.fork()
+    if child == 0:
+        try:
+            net.check()
+        except RuntimeError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 def test_pooling_does_not_rely_on_its_output():
@@ -279,57 +268,16 @@ def test_pooling_does_not_rely_on_its_output():
     np.testing.assert_array_equal(*gradients)
 
 
-def test_what_is_changed_or_wrong_is_left_to_oneflow():
-    """A module changed later computes what it now says; inputs that don't fit raise an error."""
-    net, image = accelerate(DoubleConv(2, 2)).eval(), flow.tensor(normal(1, 2, 8, 8))
-    before = net(image).numpy()
-    net.double_conv[5] = nn.LeakyReLU(0.5)
-    assert net(image).numpy().min() < 0 <= before.min()
-
-    turned = accelerate(DoubleConv(2, 2)).eval()
-    square = flow.tensor(normal(1, 2, 9, 12)).permute(0, 1, 3, 2)  # not contiguous
-    copied = flow.tensor(np.ascontiguousarray(square.numpy()))
-    np.testing.assert_array_equal(turned(square).numpy(), turned(copied).numpy())
-
-    wrong = flow.tensor(normal(1, 3, 8, 8))
+def test_what_is_wrong_raises():
+    """Inputs that don't fit raise an error, as without the kernels."""
+    image, wrong = flow.tensor(normal(1, 2, 8, 8)), flow.tensor(normal(1, 3, 8, 8))
     for module in (DoubleConv(2, 2), nn.Conv2d(2, 2, 1), nn.ConvTranspose2d(2, 2, 2, stride=2)):
-        with pytest.raises(Exception):  # noqa: B017, whatever OneFlow raises
-            accelerate(nn.Sequential(module))(wrong).numpy()
-    with pytest.raises(Exception):  # noqa: B017
-        accelerate(DoubleConv(4, 2))(image, flow.tensor(normal(1, 2, 8, 5))).numpy()
-
-
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_an_error_in_a_job_waits_for_the_others(threads):
-    """No job is at work any more when parallel() raises, whichever thread failed."""
-    done = []
-
-    def work(i):
-        time.sleep(0.01)
-        if i == 0:
-            raise ValueError(i)
-        time.sleep(0.05)
-        done.append(i)
-
-    with pytest.raises(ValueError):
-        cpu_kernels.parallel(work, [(i,) for i in range(50)])
-    count = len(done)
-    time.sleep(0.1)
-    assert len(done) == count
-
-
-@pytest.mark.parametrize("threads", [2], indirect=True)
-def test_threads_that_cannot_start_are_tried_again(threads, monkeypatch):
-    """A machine out of threads is an error, and no call waits for threads that never were."""
-
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as short:
-        short.setattr(cpu_kernels.threading.Thread, "start", fail)
         with pytest.raises(RuntimeError):
-            cpu_kernels.parallel(pow, [(2, 3), (2, 4)])
-    assert cpu_kernels.parallel(pow, [(2, 3), (2, 4)]) == [8, 16]
+            accelerate(nn.Sequential(module))(wrong)
+    with pytest.raises((RuntimeError, ValueError)):
+        accelerate(DoubleConv(4, 2))(image, flow.tensor(normal(1, 2, 8, 5)))
+    with pytest.raises(ValueError, match="too small"):
+        accelerate(UNet(2, 1))(image)
 
 
 def small_modules():
@@ -341,13 +289,8 @@ def small_modules():
     ]
 
 
-@pytest.mark.parametrize("numbers", [cpu_kernels.NUMBERS, 1, 40])
-def test_any_order_in_memory(numbers, monkeypatch):
-    """Images and gradients with channels last in memory, first, or cut out of larger ones.
-
-    In one piece, a row a piece, and some rows a piece; of any size.
-    """
-    monkeypatch.setattr(cpu_kernels, "NUMBERS", numbers)
+def test_any_order_in_memory():
+    """Images and gradients with channels last in memory, first, or cut out of larger ones; of any size."""
 
     def last(x):
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -359,7 +302,7 @@ def test_any_order_in_memory(numbers, monkeypatch):
     for module in [*small_modules(), net]:
         stock = nn.Sequential(module)
         fast = accelerate(copy.deepcopy(stock))
-        for height, width in ((9, 7), (8, 1), (2, 8)):
+        for height, width in ((9, 7), (2, 8)):
             array = normal(2, 2, height, width)
             results = []
             for some in (stock, fast):
@@ -367,7 +310,7 @@ def test_any_order_in_memory(numbers, monkeypatch):
                     image = flow.tensor(array, requires_grad=True)
                     output = some(order(image))
                     with flow.no_grad():
-                        np.testing.assert_array_equal(some(order(image)).numpy(), output.numpy())
+                        np.testing.assert_allclose(some(order(image)).numpy(), output.numpy(), atol=1e-6)
                     weights = flow.tensor(normal(*output.shape, seed=1))
                     (order(output) * weights).sum().backward()
                     gradients = [p.grad.numpy().copy() for p in (image, *some.parameters())]
@@ -390,6 +333,7 @@ def test_leaves_alone_what_it_does_not_know(monkeypatch):
         nn.MaxPool2d(2, ceil_mode=True),
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
         nn.Upsample(scale_factor=3, mode="bilinear", align_corners=True),
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.Sigmoid()),
     ]
     for change in ({3: nn.Conv2d(2, 2, 5, padding=2)}, {1: nn.BatchNorm2d(2, momentum=None)}):
         block = DoubleConv(2, 2)
@@ -406,10 +350,35 @@ def test_leaves_alone_what_it_does_not_know(monkeypatch):
         assert isinstance(accelerate(double)[0], kind) and type(double[0]) is not kind
         x = flow.tensor(normal(1, 2, 8, 8).astype(np.float64))
         assert double(x).dtype == flow.float64  # by OneFlow's own kernels
-        for check in ("has_avx2", "one_blas_thread"):
-            with monkeypatch.context() as patch:
-                patch.setattr(cpu_kernels, check, lambda: False)
-                assert type(accelerate(nn.Sequential(module))[0]) is kind
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_kernels, "why_not", lambda: "no reason")
+            assert type(accelerate(nn.Sequential(module))[0]) is kind
+
+
+@pytest.mark.parametrize(
+    "break_it, said",
+    [
+        ("ctypes.CDLL = lambda path: (_ for _ in ()).throw(OSError('libgomp.so.1: cannot open'))", "apt-get install"),
+        ("sysconfig.get_path = lambda name: '/nowhere'", "pip install"),
+        ("dnn.Library.has = lambda self, bits: False", "AVX2"),
+    ],
+)
+def test_where_the_kernels_cannot_run_a_line_says_why(break_it, said):
+    """OneFlow's own kernels run then, and one line on stderr says what to install; amp is refused."""
+    code = f"""
+import ctypes, sys, sysconfig
+import dataloader, cpu_kernels, unet
+from cpu_kernels import onednn as dnn
+import oneflow as flow
+{break_it}
+net = cpu_kernels.accelerate(unet.UNet(1, 1, base_channels=1))
+assert type(net) is unet.UNet and not cpu_kernels.has_bfloat16()
+net(flow.ones(1, 1, 16, 16)).numpy()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert one_line(done.stderr) and said in done.stderr
 
 
 def test_static_graph_runs_stock_kernels():
@@ -519,9 +488,7 @@ def test_training_curves_agree():
         for _ in range(200):
             label = (rng.random((2, 1, 4, 4)) < 0.5).astype(np.float32).repeat(8, 2).repeat(8, 3)
             image = label + 0.5 * rng.standard_normal(label.shape).astype(np.float32)
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                net(flow.tensor(image)), flow.tensor(label)
-            )
+            loss = nn.functional.binary_cross_entropy_with_logits(net(flow.tensor(image)), flow.tensor(label))
             losses[kind].append(loss.item())
             loss.backward()
             optimizer.step()
@@ -565,7 +532,7 @@ def test_two_processes_average_gradients(tmp_path):
     first, second, alone = (np.load(tmp_path / f"{n}.npz") for n in ("both0", "both1", "alone0"))
     for name in alone.files:
         np.testing.assert_array_equal(first[name], second[name])
-        assert distance(first[name], alone[name] / 2) < 1e-5, name
+        assert distance(first[name], alone[name] / 2) < 1e-4, name
 
 
 def test_flag_of_the_scripts(slices, tmp_path):
@@ -578,15 +545,8 @@ def test_flag_of_the_scripts(slices, tmp_path):
             *("--data_path", slices, "--epochs", 3, "--resume", "checkpoints/last.safetensors"),
             cwd=tmp_path / kind,
         )
-        assert (
-            metadata_of(tmp_path / kind / "checkpoints/last.safetensors")["arguments"][
-                "cpu_kernels"
-            ]
-            == kind
-        )
-    rows = {
-        kind: (tmp_path / kind / "Unet_train.txt").read_text().split() for kind in ("auto", "off")
-    }
+        assert metadata_of(tmp_path / kind / "checkpoints/last.safetensors")["arguments"]["cpu_kernels"] == kind
+    rows = {kind: (tmp_path / kind / "Unet_train.txt").read_text().split() for kind in ("auto", "off")}
     assert np.allclose(*(np.array(rows[kind], float) for kind in ("auto", "off")), atol=0.02)
     for kind in ("auto", "off"):
         done = script(
@@ -605,3 +565,60 @@ def test_flag_of_the_scripts(slices, tmp_path):
     stacks = [cv2.imreadmulti(str(tmp_path / f"{k}.tif"), flags=-1)[1] for k in ("auto", "off")]
     np.testing.assert_allclose(np.array(stacks[0]), np.array(stacks[1]), atol=1e-4)
     assert not np.array_equal(stacks[0], stacks[1])  # so "off" is something else
+
+
+needs_bfloat16 = pytest.mark.skipif(not cpu_kernels.has_bfloat16(), reason="this CPU has no bfloat16")
+
+
+def round_to_bfloat16(array):
+    """The nearest numbers that have a mantissa of 8 bits; of two, the even one."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32).astype(float)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_is_as_near_as_rounding_allows(bilinear, training):
+    """Mixed precision: logits, gradients and statistics against float64, beside what rounding itself does.
+
+    All inputs and outputs of layers are rounded to 2^-9: what the reference's change when its weights and image are
+    rounded so is the yardstick. Parameters, their gradients and statistics stay float32.
+    """
+    flow.manual_seed(0)
+    net = with_statistics(UNet(1, 1, bilinear=bilinear, base_channels=16))
+    image = normal(2, 1, 48, 64)
+    references = {}
+    for name, rounding in (("exact", np.asarray), ("rounded", round_to_bfloat16)):
+        reference = references[name] = Reference(net.state_dict())
+        for parameter in reference.parameters.values():
+            parameter.array = np.asarray(rounding(parameter.array), float)
+        references[name, "output"] = reference.unet(Value(rounding(image)), training)
+    accelerate(net, amp=True).train(training)
+    output = net(flow.tensor(image))
+    exact = references["exact", "output"].array
+    yardstick = distance(references["rounded", "output"].array, exact)
+    assert output.dtype == flow.float32
+    assert 1e-4 < distance(output.numpy(), exact) < 5 * yardstick
+    output.sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == flow.float32, name
+    for name, buffer in net.named_buffers():
+        assert distance(buffer.numpy(), references["exact"].buffers[name]) < 0.02, name
+
+
+@needs_bfloat16
+def test_bfloat16_gradients_have_the_right_direction():
+    """With all ReLUs open gradients in mixed precision are those of float64 up to rounding."""
+    net = DoubleConv(3, 16)
+    for norm in net.double_conv[1::3]:
+        nn.init.constant_(norm.bias, 10)
+    reference, image, dy = Reference(net.state_dict()), normal(2, 3, 40, 40), normal(2, 16, 40, 40, seed=1)
+    x = flow.tensor(image, requires_grad=True)
+    (accelerate(net, amp=True)(x) * flow.tensor(dy)).sum().backward()
+    value = Value(image)
+    reference.double_conv(value, "", True).backward(dy)
+    assert distance(x.grad.numpy(), value.gradient) < 0.02
+    for name, parameter in net.named_parameters():
+        if not name.endswith(("0.bias", "3.bias")):
+            assert distance(parameter.grad.numpy(), reference.parameters[name].gradient) < 0.02, name

@@ -1,0 +1,185 @@
+"""Fast CPU kernels: `accelerate(net)` makes the U-Net of unet.py train several times faster.
+
+    net = accelerate(UNet(1, 1, bilinear=False))             # in place; parameters and their names don't change
+    net = accelerate(UNet(1, 1, bilinear=False), amp=True)   # mixed precision: images between layers in bfloat16
+
+OneFlow 0.9 convolves slowly on a CPU; here oneDNN does it. An accelerated net is one operation for OneFlow's autograd:
+its own forward() runs on images of onednn.py, where each layer has a twin (layers.py) that leaves its backward on a
+tape. Parameters, their gradients and batch normalisation's statistics are float32 in either precision.
+
+An accelerated net can be differentiated once: a second backward pass and gradients of gradients raise RuntimeError,
+and so does a net with hooks or other modules inside. On a GPU, in a static graph and for other types than float32 it
+runs OneFlow's own kernels. OMP_NUM_THREADS sets the number of threads. From the first accelerate() on, the process
+keeps freed memory for itself.
+"""
+
+import ctypes
+import os
+import sys
+import weakref
+from functools import lru_cache
+
+import unet
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from oneflow._oneflow_internal.autograd import AutogradFunctionBase
+
+from . import layers
+from . import onednn as dnn
+
+LAYERS = {  # what runs a layer that is set up like this one
+    layers.double_conv: unet.DoubleConv(1, 1),
+    layers.max_pool: nn.MaxPool2d(2),
+    layers.transposed: nn.ConvTranspose2d(1, 1, 2, stride=2),
+    layers.upsample: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+    layers.pointwise: nn.Conv2d(1, 1, 1),
+    layers.pad: unet.PadTo(),
+    layers.dropout: unet.Dropout(0.5),
+}
+OFF = "; leave out accelerate() for that (--cpu_kernels off)"
+CONTAINERS = (nn.Sequential, unet.UNet, unet.Down, unet.Up, unet.OutConv)  # they only call their layers
+
+
+def accelerate(net, amp=False):
+    """Make a net of unet.py's layers fast on a CPU, in place; returns the net.
+
+    Outputs, gradients and running statistics stay the same up to rounding (amp: to that of bfloat16). A net with other
+    layers, or on a GPU, stays as it is; so it does where the kernels can't run, which a line on stderr says.
+    Raises ValueError for amp on a CPU without bfloat16.
+    """
+    if isinstance(net, Accelerated):
+        net._amp = amp
+        return net
+    if any(parameter.is_cuda for parameter in net.parameters()):
+        return net
+    if reason := why_not():
+        if flow.env.get_rank() == 0:
+            print(f"cpu_kernels: {reason}. OneFlow's own kernels run instead, several times slower", file=sys.stderr)
+        return net
+    if amp and not has_bfloat16():
+        raise ValueError("this CPU has no bfloat16: in mixed precision it would be slower")
+    try:
+        found = list(layers_of(net))
+    except LookupError:
+        return net
+    for layer, run in found:
+        layer.__class__ = twin(type(layer), run)
+    net._stock = type(net)
+    net.__class__ = type(type(net).__name__, (Accelerated, type(net)), {})
+    net._amp, net._inside = amp, [type(module) for module in net.modules()]
+    keep_memory()
+    return net
+
+
+def layers_of(module):
+    """Yields (layer, its function) for all layers in a module; LookupError for one that has none."""
+    for run, example in LAYERS.items():
+        if setup(module) == setup(example):
+            yield module, run
+            return
+    if type(module) not in CONTAINERS:
+        raise LookupError(module)
+    for child in module.children():
+        yield from layers_of(child)
+
+
+@lru_cache(None)
+def twin(kind, run):
+    """A class of layers that run the function when they get Images, and do what they did when they get tensors."""
+
+    class Twin(kind):
+        def forward(self, *inputs):
+            return run(self, *inputs) if isinstance(inputs[0], layers.Image) else kind.forward(self, *inputs)
+
+    Twin.__name__ = kind.__name__
+    return Twin
+
+
+def setup(module):
+    """All that decides what a module computes, but for its numbers."""
+    names = "kernel_size stride padding dilation groups output_padding padding_mode ceil_mode return_indices"
+    names += " affine track_running_stats size scale_factor mode align_corners"
+    values = [getattr(module, name, None) for name in names.split()]
+    has_bias, cumulative = getattr(module, "bias", None) is not None, getattr(module, "momentum", 0) is None
+    return type(module), values, has_bias, cumulative, *map(setup, module.children())
+
+
+class Accelerated:
+    """Mixed into a net's class: what OneFlow gets to see of a call."""
+
+    def forward(self, *inputs):
+        parameters = list(self.parameters())
+        tensors = (*inputs, *parameters)
+        if any(t.is_lazy or t.is_global or t.is_cuda or t.dtype != flow.float32 for t in tensors):
+            return self._stock.forward(self, *inputs)  # not super(): in a graph self is a stand-in
+        self.check()
+        needed = [flow.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
+        tape = layers.Tape(self, any(needed))
+        weak = weakref.proxy(tape)  # a cycle of references would hold arrays until Python looks for cycles
+        images = [layers.Image(self.to_image(x), weak, need) for x, need in zip(inputs, needed, strict=False)]
+        result = self._stock.forward(self, *images)
+        y = self.to_array(result)
+        for buffer, new in tape.changed.items():  # by OneFlow, which may still be reading the buffer
+            buffer.copy_(flow.from_numpy(np.asarray(new)))
+
+        def forward(ctx, *tensors):
+            return flow.from_numpy(y)
+
+        def backward(ctx, dy):
+            if flow.is_grad_enabled() or not tape.steps:
+                raise RuntimeError(f"an accelerated net can be differentiated once, not twice{OFF}")
+            result.gradient = self.to_image(dy)
+            tape.play()
+            gradients = [None if x.gradient is None else self.to_array(x.gradient) for x in images]
+            gradients += [tape.gradients.get(parameter) for parameter in parameters]
+            pairs = zip(gradients, needed, strict=True)
+            return tuple(flow.from_numpy(gradient) if need else None for gradient, need in pairs)
+
+        if not tape.recording:
+            return forward(None)
+        # What a class derived from autograd.Function calls; a class for each call would be another cycle.
+        return AutogradFunctionBase.apply("cpu_kernels", forward, backward, *tensors)
+
+    def check(self):
+        """Raises RuntimeError where the kernels would compute something else than the net."""
+        if os.getpid() != dnn.library().process:
+            raise RuntimeError("an accelerated net can't compute in a forked process: its threads didn't survive")
+        modules = list(self.modules())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules[1:])
+        if hooked or [type(module) for module in modules] != self._inside:
+            raise RuntimeError(f"an accelerated net can't have hooks or other modules inside{OFF}")
+
+    def to_image(self, x):
+        """A tensor (N, C, H, W) as an array (N, H, W, C) of the kernels' type."""
+        array = x.numpy().transpose(0, 2, 3, 1)
+        return dnn.copy(array, dnn.empty(array.shape, dnn.BFLOAT16 if self._amp else dnn.FLOAT32))
+
+    def to_array(self, image):
+        """An array (N, H, W, C) as one that OneFlow may keep, (N, C, H, W), float32."""
+        array = (image.array if isinstance(image, layers.Image) else image).transpose(0, 3, 1, 2)
+        return dnn.copy(array, np.empty(array.shape, np.float32))
+
+
+def why_not():
+    """Why the kernels can't run here, as a clause for a message; None where they can."""
+    try:
+        return None if dnn.library().has(dnn.AVX2) else "this CPU has no AVX2"
+    except OSError as error:
+        if "libgomp" in str(error):
+            return "libgomp.so.1 is missing (apt-get install libgomp1 brings it)"
+        return f"oneDNN can't be loaded ({error}; pip install onednn-cpu-gomp==2023.2.0 brings it)"
+
+
+def has_bfloat16():
+    """Whether the kernels can run here and the CPU multiplies bfloat16 in hardware."""
+    return why_not() is None and dnn.library().has(dnn.AVX512_BF16)
+
+
+def keep_memory():
+    """Tell malloc to keep what is freed: the next step wants it again, and new pages are slow."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
