@@ -29,15 +29,6 @@ from oneflow._oneflow_internal.autograd import AutogradFunctionBase
 from . import layers
 from . import onednn as dnn
 
-LAYERS = {  # what runs a layer that is set up like this one
-    layers.double_conv: unet.DoubleConv(1, 1),
-    layers.max_pool: nn.MaxPool2d(2),
-    layers.transposed: nn.ConvTranspose2d(1, 1, 2, stride=2),
-    layers.upsample: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-    layers.pointwise: nn.Conv2d(1, 1, 1),
-    layers.pad: unet.PadTo(),
-    layers.dropout: unet.Dropout(0.5),
-}
 OFF = "; leave out accelerate() for that (--cpu_kernels off)"
 CONTAINERS = (nn.Sequential, unet.UNet, unet.Down, unet.Up, unet.OutConv)  # they only call their layers
 
@@ -73,10 +64,25 @@ def accelerate(net, amp=False):
     return net
 
 
+@lru_cache(1)
+def examples():
+    """(What runs a layer, all that decides what the layer computes), for the layers as unet.py sets them up."""
+    pairs = (
+        (layers.double_conv, unet.DoubleConv(1, 1)),
+        (layers.max_pool, nn.MaxPool2d(2)),
+        (layers.transposed, nn.ConvTranspose2d(1, 1, 2, stride=2)),
+        (layers.upsample, nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
+        (layers.pointwise, nn.Conv2d(1, 1, 1)),
+        (layers.pad, unet.PadTo()),
+        (layers.dropout, unet.Dropout(0.5)),
+    )
+    return [(run, setup(layer)) for run, layer in pairs]
+
+
 def layers_of(module):
     """Yields (layer, its function) for all layers in a module; LookupError for one that has none."""
-    for run, example in LAYERS.items():
-        if setup(module) == setup(example):
+    for run, example in examples():
+        if setup(module) == example:
             yield module, run
             return
     if type(module) not in CONTAINERS:
@@ -102,7 +108,7 @@ def setup(module):
     names = "kernel_size stride padding dilation groups output_padding padding_mode ceil_mode return_indices"
     names += " affine track_running_stats size scale_factor mode align_corners"
     values = [getattr(module, name, None) for name in names.split()]
-    has_bias, cumulative = getattr(module, "bias", None) is not None, getattr(module, "momentum", 0) is None
+    has_bias, cumulative = (getattr(module, "bias", None) is not None, getattr(module, "momentum", 0) is None)
     return type(module), values, has_bias, cumulative, *map(setup, module.children())
 
 
@@ -121,8 +127,7 @@ class Accelerated:
         images = [layers.Image(self.to_image(x), weak, need) for x, need in zip(inputs, needed, strict=False)]
         result = self._stock.forward(self, *images)
         y = self.to_array(result)
-        for buffer, new in tape.changed.items():  # by OneFlow, which may still be reading the buffer
-            buffer.copy_(flow.from_numpy(np.asarray(new)))
+        tape.close()
 
         def forward(ctx, *tensors):
             return flow.from_numpy(y)

@@ -4,6 +4,7 @@ An accelerated net runs its own forward() on Images instead of tensors. A functi
 and leaves on the tape how a gradient goes back, so that forward and backward stand side by side.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -17,13 +18,27 @@ from .onednn import FLOAT32, Layout, empty, layout_of, primitive
 class Tape:
     """One call of a net: the way back through it, step by step, and the numbers of its parameters and buffers.
 
-    arrays: {tensor: array}, all read before the call, since each reading waits for OneFlow. changed: new arrays of
-    buffers. gradients: {parameter: array}. recording: whether there is a way back at all.
+    arrays: {tensor: array}, all but counters. gradients: {parameter: array}. recording: whether there is a way back
+    at all. later: calls of OneFlow, whose threads would take the cores from oneDNN's, for when the net is through.
     """
 
     def __init__(self, net, recording):
-        self.arrays = {tensor: tensor.numpy() for tensor in (*net.parameters(), *net.buffers())}
-        self.recording, self.steps, self.changed, self.gradients = recording, [], {}, {}
+        self.recording, self.steps, self.gradients, self.later = recording, [], {}, []
+        tensors = [*net.parameters(), *net.buffers()]
+        # Each numpy() waits for OneFlow, up to a millisecond on busy cores: the many vectors go as one.
+        vectors = [tensor for tensor in tensors if tensor.ndim == 1]
+        self.arrays = {tensor: tensor.numpy() for tensor in tensors if tensor.ndim > 1}
+        if vectors:
+            joined = flow.cat([vector.detach() for vector in vectors]).numpy()
+            ends = np.cumsum([0, *map(len, vectors)])
+            self.arrays |= {vector: joined[a:b] for vector, (a, b) in zip(vectors, pairwise(ends), strict=True)}
+
+    def close(self):
+        """The net is through: arrays that no step needs are let go of, and OneFlow is told what waited."""
+        for image, _ in self.steps:
+            image.array = None
+        for call in self.later:
+            call()
 
     def play(self):
         """All steps, last first. Each is let go of at once, with the arrays that it kept."""
@@ -101,7 +116,7 @@ class Convolution:
         if bias:
             dbias = arrays[dnn.DIFF_BIAS] = np.empty_like(self.bias)
         weights(arrays)
-        return dx, weights.unpack(dnn.DIFF_WEIGHTS, arrays[dnn.DIFF_WEIGHTS], np.empty_like(self.w)), dbias
+        return (dx, weights.unpack(dnn.DIFF_WEIGHTS, arrays[dnn.DIFF_WEIGHTS], np.empty_like(self.w)), dbias)
 
 
 def pointwise(layer, x):
@@ -114,7 +129,8 @@ def pointwise(layer, x):
         tape.gradients.update(zip(parameters, gradients, strict=True))
         return dx
 
-    return x.then(made.y, backward)
+    y, made.y = made.y, None
+    return x.then(y, backward)
 
 
 def transposed(layer, x):
@@ -154,17 +170,20 @@ def half(x, conv, norm):
     if not tape.recording and not norm.training:  # all in one primitive
         scale = gamma / np.sqrt(variance + np.float32(norm.eps))
         layout = Layout((1, len(scale), 1, 1), (len(scale), 1, 1, 1))
-        then, extra = ((dnn.MULTIPLY, layout), (dnn.ADD, layout), dnn.RELU), (scale, beta + scale * (bias - mean))
+        then, extra = (((dnn.MULTIPLY, layout), (dnn.ADD, layout), dnn.RELU), (scale, beta + scale * (bias - mean)))
         return x.then(Convolution(x.array, w, then=then, extra=extra, recording=False).y, None)
     made = Convolution(x.array, w, recording=tape.recording)
-    normal = Normalisation(made.y, gamma, beta, None if norm.training else (mean - bias, variance), norm.eps)
+    z, made.y = made.y, None  # kept by who needs them, not longer
+    normal = Normalisation(z, gamma, beta, None if norm.training else (mean - bias, variance), norm.eps)
+    y, normal.y = normal.y, None
     if norm.training:
-        count = made.y.size // len(beta)
+        count = y.size // len(beta)
         old, new = np.float32(1 - norm.momentum), np.float32(norm.momentum)
         unbiased = normal.variance * np.float32(count / max(count - 1, 1))
-        tape.changed[norm.running_mean] = old * mean + new * (normal.mean + bias)
-        tape.changed[norm.running_var] = old * variance + new * unbiased
-        tape.changed[norm.num_batches_tracked] = tape.arrays[norm.num_batches_tracked] + 1
+        moves = (norm.running_mean, mean, normal.mean + bias), (norm.running_var, variance, unbiased)
+        for buffer, before, batch in moves:
+            tape.later.append(partial(buffer.copy_, flow.from_numpy(old * before + new * batch)))
+        tape.later.append(partial(norm.num_batches_tracked.add_, 1))
 
     def backward(dy):
         dz, dgamma, dbeta = normal.backward(dy)
@@ -174,7 +193,7 @@ def half(x, conv, norm):
         tape.gradients.update(zip(parameters, (dgamma, dbeta, dbias, dw), strict=True))
         return dx
 
-    return x.then(normal.y, backward)
+    return x.then(y, backward)
 
 
 class Normalisation:
@@ -184,7 +203,6 @@ class Normalisation:
     """
 
     def __init__(self, z, gamma, beta, statistics, eps):
-        self.z, self.gamma = z, gamma
         self.mean, self.variance = statistics or (np.empty_like(gamma), np.empty_like(gamma))
         flags = dnn.USE_SCALE | dnn.USE_SHIFT | dnn.FUSE_RELU | (dnn.GLOBAL_STATISTICS if statistics else 0)
         self.setup, self.y = (eps, flags), empty(z.shape, z.dtype)
@@ -195,13 +213,14 @@ class Normalisation:
         self.forward(self.arrays | {dnn.DST: self.y, dnn.SHIFT: beta})
 
     def backward(self, dy):
-        """dy -> (dz, gradients of gamma and beta)"""
-        dz, dgamma, dbeta = empty(self.z.shape, self.z.dtype), np.empty_like(self.gamma), np.empty_like(self.gamma)
-        arguments = dnn.BACKWARD, layout_of(dz), layout_of(dy), layout_of(self.z), *self.setup
+        """dy -> (dz, gradients of gamma and beta); dz takes the place of dy. Once: z is let go of."""
+        dgamma, dbeta = np.empty_like(self.mean), np.empty_like(self.mean)
+        arguments = dnn.BACKWARD, layout_of(dy), layout_of(dy), layout_of(dy), *self.setup
         backward = primitive("batch_normalization_backward", *arguments, hint=self.forward)
-        out = {dnn.DIFF_SRC: dz, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta}
-        backward(self.arrays | {dnn.DIFF_DST: dy} | out)
-        return dz, dgamma, dbeta
+        self.arrays |= {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta}
+        backward(self.arrays)
+        self.arrays = None
+        return dy, dgamma, dbeta
 
 
 def concatenate(images):
@@ -214,7 +233,7 @@ def concatenate(images):
 
     def backward(gradient):
         for image, window in zip(images, windows, strict=True):
-            image.receive(dnn.copy(gradient[window], empty(image.array.shape, gradient.dtype)))
+            image.receive(dnn.copy(gradient[window], empty(gradient[window].shape, gradient.dtype)))
 
     return images[0].then(array, backward)
 
@@ -223,7 +242,7 @@ def max_pool(layer, x):
     """nn.MaxPool2d(2). The first of several equal maxima gets the gradient, as in OneFlow."""
     images, height, width, channels = x.array.shape
     y = empty((images, height // 2, width // 2, channels), x.array.dtype)
-    arguments = dnn.POOL_MAX, layout_of(x.array), layout_of(y), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0)
+    arguments = (dnn.POOL_MAX, layout_of(x.array), layout_of(y), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0))
     pool = primitive("pooling_forward", dnn.FORWARD, *arguments)
     chosen = pool.empty(dnn.WORKSPACE)
     pool({dnn.SRC: x.array, dnn.DST: y, dnn.WORKSPACE: chosen})

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = 1, 2, 17, 33, 41, 49, 50, 51, 52, 64
+SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = (1, 2, 17, 33, 41, 49, 50, 51, 52, 64)
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, DIFF_SCALE, DIFF_SHIFT = 129, 145, 161, 169, 255, 256
 FORWARD, INFERENCE, BACKWARD = 64, 96, 128  # kinds of propagation
-DIRECT, DIRECT_TRANSPOSED, POOL_MAX, RELU, ADD, MULTIPLY = 1, 0xA, 0x1FF, 0x20, 0x1FFF0, 0x1FFF1  # algorithms
+DIRECT, DIRECT_TRANSPOSED, POOL_MAX, RELU, ADD, MULTIPLY = (1, 0xA, 0x1FF, 0x20, 0x1FFF0, 0x1FFF1)  # algorithms
 GLOBAL_STATISTICS, USE_SCALE, USE_SHIFT, FUSE_RELU = 1, 2, 4, 8  # of batch normalisation
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
 TYPES, ANY = {FLOAT32: 3, BFLOAT16: 2}, 1
@@ -107,7 +107,7 @@ class Primitive:
     """See primitive()."""
 
     def __init__(self, name, *arguments, hint=None, then=()):
-        self.library, self.memories, self.reorders = library(), {}, {}
+        self.library, self.name, self.memories, self.reorders = library(), name, {}, {}
         self.description, self.handle, attributes = (ctypes.c_void_p() for _ in range(3))
         made = []
         passed = [self.translate(argument, made) for argument in arguments]
@@ -126,7 +126,7 @@ class Primitive:
         """What the C function takes for an argument of primitive(); new descriptors are added to `made`."""
         if isinstance(argument, Layout):
             made.append(ctypes.c_void_p())
-            start = ctypes.byref(made[-1]), len(argument.sizes), dims(argument.sizes), TYPES[argument.type]
+            start = (ctypes.byref(made[-1]), len(argument.sizes), dims(argument.sizes), TYPES[argument.type])
             if argument.strides is None:
                 self.library("memory_desc_create_with_tag", *start, ANY)
             else:
