@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 MIN_CROP = 32  # pixels: one pixel at the deepest level has no variance for batch normalisation
 DATA = "data/train_image"
@@ -146,4 +147,14 @@ def resumed(parser, args, argv, saved, augmentations):
             flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
     if isinstance(saved.get("augment"), list):
         flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]
-    return parser.parse_args(flags + argv)
+    args = parser.parse_args(flags + argv)
+    if (args.bilinear, args.base_channels) != (saved["bilinear"], saved["base_channels"]):
+        net = f"{saved['base_channels']} base channels{', bilinear' * saved['bilinear']}"
+        raise InputError(f"{args.resume}: a net of {net}; leave --base_channels and --bilinear as they were")
+    return args
+
+
+def default_label_path(path):
+    """The folder or stack of labels beside one of slices: its name with `label` for the last `image`; None if none."""
+    path = Path(path)
+    return path.with_name("label".join(path.name.rsplit("image", 1))) if "image" in path.name else None

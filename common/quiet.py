@@ -45,6 +45,7 @@ def import_oneflow(ranks=False):
             os.environ.pop(name, None)
         with quiet_stderr():
             import oneflow  # noqa: F401
+        start.got_further(alone=True)
     except ImportError as error:
         sys.exit(f"OneFlow can't be imported ({error}): run `source env.sh` first")
     finally:
