@@ -18,6 +18,7 @@ import numpy as np
 import tifffile
 
 SUFFIXES = {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
+CONVERT = "python3 data/prepare.py labels"  # SOURCE OUT: makes labels of ours from others'
 LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no slice
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file of each kind begins
 COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946}  # of TIFF, that OpenCV reads: none, fax, LZW, JPEG, ZIP, PackBits
@@ -54,15 +55,15 @@ def say_once(text):
         print(text)
 
 
-def list_slices(path):
+def list_slices(path, strict=True):
     """The slices under `path` (str or Path), as a list of (name, file, page), naturally sorted.
 
     `path` is a folder of images or one image file. A multi-page TIFF gives one entry a page, named `volume_0`,
     `volume_1` …; other files are named by their stem, with page 0. `2.png` comes before `10.png`. Hidden files are
     left out, files of other kinds too, which is printed.
 
-    Raises InputError when there is nothing to read, two slices would have the same name, or a TIFF is cut off or one
-    that OpenCV would misread.
+    Raises InputError when there is nothing to read, two slices would have the same name, a TIFF is cut off or, if
+    `strict`, one that OpenCV would misread.
     """
     path = Path(path)
     try:
@@ -85,7 +86,7 @@ def list_slices(path):
     files.sort(key=lambda f: ([int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.name)], f.name))
     slices = []
     for file in files:
-        pages = list_pages(file)
+        pages = list_pages(file, strict)
         stack = len(pages) > 1
         slices += [(f"{file.stem}_{number}" if stack else file.stem, file, page) for number, page in enumerate(pages)]
     file_of = {}
@@ -96,7 +97,7 @@ def list_slices(path):
     return slices
 
 
-def list_pages(file):
+def list_pages(file, strict=True):
     """The page numbers of a TIFF's slices, smaller copies of them left out; [0] for any other file.
 
     Raises InputError for what can't be counted or would be misread.
@@ -124,7 +125,7 @@ def list_pages(file):
         after = b"damaged"
     if after.strip(b"\0") or not after:
         raise InputError(f"{file}: is damaged or cut off, its pages can't be counted")
-    if trouble:
+    if trouble and strict:
         raise InputError(f"{file}: {trouble}")
     return slices or [0]
 
@@ -142,7 +143,7 @@ def misread(tiff, pages):
         samples, grey = page.samplesperpixel, page.photometric in (0, 1)
         # OpenCV takes it for black where it has 16 bit or more; programs disagree about 1 bit.
         if page.photometric == 0 and samples == 1:
-            return "has 0 for white, save it with 0 for black (Fiji: Image > Lookup Tables > Grays)"
+            return f"has 0 for white, save it with 0 for black (Fiji: Lookup Tables > Grays), or a label by {CONVERT}"
         orientation = page.tags.valueof(274, default=1)
         if 2 <= (orientation[0] if isinstance(orientation, bytes) else orientation) <= 8:  # programs disagree here too
             return "is stored turned or mirrored, save it upright"

@@ -6,13 +6,11 @@ In a label white is the interior of a cell and black is membrane. Others are ref
 from pathlib import Path
 
 from common.arguments import InputError
-from common.images import TIFF, decode, list_slices, normalise, quiet_stderr
+from common.images import CONVERT, TIFF, decode, list_slices, normalise, quiet_stderr
 
 import cv2
 import numpy as np
 import tifffile
-
-CONVERT = "python3 data/prepare.py labels"
 
 
 def beside(path, given="image", wanted="label"):
@@ -62,7 +60,7 @@ def read_label(file, page=0, values=None):
         found, counts = np.unique(label, return_counts=True)
         # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
         soft = counts[0] + counts[-1] > 0.5 * label.size and label.dtype == np.uint8
-        flag = "--threshold N" if soft else "--cells"
+        flag = f"--threshold {(found[0] + found[-1]) / 2:g}" if soft else "--cells"
         raise InputError(
             f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} SOURCE OUT {flag}"
         )
