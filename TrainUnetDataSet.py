@@ -1,15 +1,14 @@
 """Train a U-Net on one device: a GPU where there is one, else the CPU.
 
     python3 TrainUnetDataSet.py
-    python3 TrainUnetDataSet.py --data_path data/train_image --val_count 5 --crop 256 --epochs 100
     python3 TrainUnetDataSet.py --resume checkpoints/last.safetensors --epochs 200
 
 `diff TrainUnetDataSet.py ddp_train.py` shows what data parallel training takes.
 """
 
 from common import start
-from common.arguments import parse_args
-from common.epoch import Run, data_sets, default_width, pick_device, seed_everything
+from common.arguments import WIDTH, parse_args
+from common.epoch import Run, data_sets, pick_device, seed_everything
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
 from unet import UNet
@@ -41,7 +40,7 @@ def Train_Unet(net, device, args):
 def main(args):
     device = pick_device(args)
     seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or default_width(device), args.dropout).to(device)
+    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device], args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
     Train_Unet(net, device, args)

@@ -1,13 +1,12 @@
-"""Train a U-Net data parallel, one process a device: GPUs where there are some, else the CPU.
+"""Train a U-Net data parallel, one process a device: each takes its share of the slices, gradients are averaged.
 
-    python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
-
-Each process takes its share of the slices; the gradients are averaged. Ctrl-C ends the launcher with 1.
+python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
+python3 -m oneflow.distributed.launch --nproc_per_node 2 ./ddp_train.py --device cpu
 """
 
 from common import ranks, start  # noqa: F401  ranks: the processes find each other
-from common.arguments import parse_args
-from common.epoch import Run, data_sets, default_width, pick_device, seed_everything
+from common.arguments import WIDTH, parse_args
+from common.epoch import Run, data_sets, pick_device, seed_everything
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
 from unet import UNet
@@ -41,7 +40,7 @@ def Train_Unet(net, device, args):
 def main(args):
     device = pick_device(args)
     seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or default_width(device), args.dropout).to(device)
+    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device], args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
     Train_Unet(ddp(net), device, args)

@@ -8,8 +8,8 @@ there. Each shape of a batch takes seconds to compile: train on crops, not on wh
 """
 
 from common import start
-from common.arguments import parse_args
-from common.epoch import Run, data_sets, default_width, mixed_precision, pick_device, seed_everything
+from common.arguments import WIDTH, parse_args
+from common.epoch import Run, data_sets, pick_device, seed_everything
 from common.graph import Graphs, TrainingGraph
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
@@ -35,7 +35,7 @@ def Train_Unet(net, device, args):
     criterion = nn.BCEWithLogitsLoss(reduction="none")  # on logits: the net has no sigmoid
     run = Run(net, optimizer, device, args, train_set, val_set, graph=True)  # goes on from --resume
     schedule = run.schedule(len(loader))
-    step = Graphs(TrainGraph, net, criterion, optimizer, schedule, mixed_precision(args, device, graph=True))
+    step = Graphs(TrainGraph, net, criterion, optimizer, schedule, run.found["amp"])
 
     for epoch in range(run.first_epoch, args.epochs + 1):
         for image, label, weight in run.batches(loader, epoch):
@@ -48,11 +48,11 @@ def Train_Unet(net, device, args):
 def main(args):
     device = pick_device(args, graph=True)
     seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or default_width(device)).to(
-        device
-    )  # a graph's dropout ignores the seed
+    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device]).to(device)
+    if args.dropout:
+        print("no dropout: in a graph OneFlow draws the same for every seed")
     if args.cpu_kernels == "auto":
-        accelerate(net)  # on a CPU; does nothing on a GPU
+        accelerate(net)  # on a CPU, for validation; does nothing on a GPU
     Train_Unet(net, device, args)
 
 

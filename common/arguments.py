@@ -6,6 +6,7 @@ from pathlib import Path
 
 MIN_CROP = 32  # pixels: one pixel at the deepest level has no variance for batch normalisation
 DATA = "data/train_image"
+WIDTH = {"cuda": 64, "cpu": 16}  # base channels where --base_channels is left open
 
 # What a resumed run takes over from its checkpoint. Paths have to be said again where they are not the default: a
 # checkpoint may come from a stranger, who should not choose which files are read and written.
@@ -72,7 +73,8 @@ def training_parser(doc, augmentations):
 
     add = parser.add_argument_group("network and device").add_argument
     width = number(int, 1, maximum=1024)
-    add("--base_channels", type=width, help="channels of the first level (default: 64 on a GPU, 16 on a CPU)")
+    text = f"channels of the first level (default: {WIDTH['cuda']} on a GPU, {WIDTH['cpu']} on a CPU)"
+    add("--base_channels", type=width, help=text)
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
     share = number(float, 0, maximum=0.99)
     add("--dropout", type=share, default=0.5, help=f"share set to 0 after the two deepest levels {default}")

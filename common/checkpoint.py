@@ -174,14 +174,13 @@ def alike(own, tensor):
 
 
 def contents(net, optimizer):
-    """What a run goes on from -> ({name: array}, optimizer's metadata), whatever the optimizer is and calls its state.
+    """What a run goes on from -> ({name: array}, the optimizer's metadata), whatever the optimizer keeps.
 
-    A tensor that the optimizer keeps of a parameter is `optimizer.WHAT.PARAMETER`. Raises InputError for state that
-    isn't such a tensor or a number.
+    A tensor that it keeps of a parameter is `optimizer.WHAT.PARAMETER`. Raises InputError where it keeps anything but
+    such tensors and numbers.
     """
     tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    names = parameter_names(net, optimizer)
-    kind, numbers = type(optimizer).__name__, {}
+    kind, numbers, names = type(optimizer).__name__, {}, list(parameters_of(net, optimizer))
     for key, value in optimizer.state_dict()["state"].items():
         if isinstance(key, str) and isinstance(value, int | float):
             numbers[key] = value
@@ -192,11 +191,11 @@ def contents(net, optimizer):
     return tensors, {"name": kind, "state": numbers}
 
 
-def parameter_names(net, optimizer):
-    """The names of the optimizer's parameters, in its own order, which need not be the net's."""
+def parameters_of(net, optimizer):
+    """{name: parameter} in the optimizer's order, which need not be the net's."""
     name_of = {id(parameter): name for name, parameter in net.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group.parameters]
-    return [name_of.get(id(parameter), f"parameter{i}") for i, parameter in enumerate(parameters)]
+    return {name_of.get(id(parameter), f"parameter{i}"): parameter for i, parameter in enumerate(parameters)}
 
 
 def resume(path, net, optimizer):
@@ -204,49 +203,49 @@ def resume(path, net, optimizer):
 
     Raises InputError where it holds only weights, another net, another optimizer's state or what makes no sense.
     """
-    tensors, moments, metadata = read(path)
+    tensors, kept, metadata = read(path)
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
     if not isinstance(saved, dict):
         raise InputError(f"{path}: holds weights only, too little to go on from")
     if saved.get("name") != kind:
-        raise InputError(f"{path}: was trained with {saved.get('name')}, this script has {kind}: it can't go on")
+        raise InputError(f"{path}: was trained with {saved.get('name')}, not with {kind}, so it can't go on here")
     fill(path, net, tensors)
-    state, names = optimizer.state_dict(), parameter_names(net, optimizer)
-    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group.parameters), strict=True))
+    state, parameters = optimizer.state_dict(), parameters_of(net, optimizer)
+    whats = {name.split(".")[1] for name in kept}
+    expected = {f"optimizer.{what}.{name}": parameter for what in whats for name, parameter in parameters.items()}
+    odd = {name for name in kept if name not in expected or not alike(expected[name], kept[name])}
+    # A parameter without a gradient has nothing kept of it.
+    begun = {name for name in parameters if any(f"optimizer.{what}.{name}" in kept for what in whats)}
+    odd |= {f"optimizer.{what}.{name}" for what in whats for name in begun} - set(kept)
+    if odd:
+        raise InputError(f"{path}: what its optimizer kept is damaged, {min(odd)} for one")
     numbers = {key: value for key, value in state["state"].items() if isinstance(key, str)}
-    found = saved.get("state")
-    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {
-        k: type(v) for k, v in numbers.items()
-    }:
-        raise InputError(f"{path}: the state of its optimizer makes no sense")
-    if not all(math.isfinite(value) and 0 <= value < 2**31 for value in found.values()):
-        raise InputError(f"{path}: the state of its optimizer makes no sense")
-    kinds = {name.split(".")[1] for name in moments}
-    if set(moments) != {f"optimizer.{what}.{name}" for what in kinds for name in names}:
-        raise InputError(f"{path}: the tensors of its optimizer are not those of this net's parameters")
-    for what in kinds:
-        for index, name in enumerate(names):
-            values, parameter = moments[f"optimizer.{what}.{name}"], parameters[name]
-            if not alike(parameter, values):
-                raise InputError(f"{path}: its {what} of {name} is damaged")
-            state["state"].setdefault(index, {})[what] = flow.tensor(values, dtype=parameter.dtype)
-    optimizer.load_state_dict({**state, "state": state["state"] | found})
-    check_progress(path, metadata)
+    if not makes_sense(metadata, saved.get("state"), numbers):
+        raise InputError(f"{path}: its epoch, best, rows or optimizer make no sense")
+    for index, (name, parameter) in enumerate(parameters.items()):
+        if name in begun:
+            arrays = {what: kept[f"optimizer.{what}.{name}"] for what in whats}
+            state["state"][index] = {what: flow.tensor(a, dtype=parameter.dtype) for what, a in arrays.items()}
+    optimizer.load_state_dict({**state, "state": state["state"] | saved["state"]})
     return metadata
 
 
-def check_progress(path, metadata):
-    """Raises InputError unless epoch, best and rows are what a run writes: a stranger may have written them."""
+def makes_sense(metadata, numbers, own):
+    """Whether epoch, best, rows and an optimizer's numbers are what a run writes: a stranger may have written them.
+
+    own: the numbers of an optimizer that has made no step.
+    """
     epoch, best = metadata.get("epoch"), metadata.get("best")
     try:
         sound = type(epoch) is int and 0 < epoch < 2**31 and are_rows(metadata.get("rows"), epoch - 1)
+        sound &= {key: type(number) for key, number in numbers.items()} == {key: type(own[key]) for key in own}
+        sound &= all(0 <= number < 2**31 for number in numbers.values())
         if best is not None:
             sound &= isinstance(best["by"], str) and isinstance(best["epoch"], int)
-            sound &= math.isfinite(best["loss"]) and 0 <= best.get("threshold", 0.5) <= 1
+            sound &= math.isfinite(best["loss"]) and 0 <= best["threshold"] <= 1
+        return sound
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        sound = False
-    if not sound:
-        raise InputError(f"{path}: its epoch, best or rows make no sense")
+        return False
 
 
 def arguments_of(path):
@@ -261,4 +260,5 @@ def arguments_of(path):
     if not isinstance(saved, dict) or not isinstance(found, dict):
         raise InputError(f"{path}: holds weights only, too little to go on from")
     *_, bilinear, base_channels = architecture(path, tensors)
-    return saved | {"crop": found.get("crop"), "bilinear": bilinear, "base_channels": base_channels}
+    open_ones = {name: found[name] for name in ("crop", "dropout") if name in found}
+    return saved | open_ones | {"bilinear": bilinear, "base_channels": base_channels}

@@ -8,6 +8,7 @@ import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of
 import cpu_kernels
 from common import checkpoint, scores, start
 from common.arguments import DATA, MIN_CROP, RESUMED, InputError
+from common.device import pick
 from common.files import check_output, lock, make_folder
 from common.log import row_of, table_path, write_log
 from unet import MIN_SIDE
@@ -25,9 +26,7 @@ def pick_device(args, graph=False):
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > start.processes:
         raise InputError("this script trains in one process: launch ddp_train.py in several")
-    if args.device == "cuda" and not flow.cuda.is_available():
-        raise InputError("--device cuda: OneFlow finds no GPU here, use --device cpu")
-    device = "cuda" if flow.cuda.is_available() and args.device != "cpu" else "cpu"
+    device = pick(args.device)
     amp = mixed_precision(args, device, graph)
     if args.amp == "on" and not amp:
         needs = "a GPU in graph_train.py" if graph or device == "cuda" else "cpu_kernels and a CPU with bfloat16"
@@ -44,11 +43,6 @@ def mixed_precision(args, device, graph=False):
         return graph and device == "cuda" and args.amp == "on"
     has_bfloat16 = getattr(cpu_kernels, "has_bfloat16", lambda: False)
     return args.amp != "off" and args.cpu_kernels == "auto" and has_bfloat16()
-
-
-def default_width(device):
-    """Base channels where --base_channels is left open."""
-    return 64 if device == "cuda" else 16
 
 
 def seed_everything(seed, epoch=0):
@@ -129,17 +123,18 @@ class Run:
         self.train_set, self.val_set = train_set, val_set
         self.found = {"device": device, "processes": start.processes, "base_channels": net.base_channels}
         self.found |= {"crop": train_set.crop, "slices": digest_of(train_set, val_set)}
-        self.found["amp"] = mixed_precision(args, device, graph)
+        self.found |= {"amp": mixed_precision(args, device, graph), "dropout": net.dropout}
         self.first_epoch, self.best, self.rows, self.improved = 1, None, [], False
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
         self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
-            log, table = Path(args.log_file), table_path(args.log_file)
+            log = Path(args.log_file)
+            check_output(log)
+            table = table_path(log)
             if log == table:
                 raise InputError(f"--log_file {log}: the .csv is written beside it, name a .txt")
-            check_output(log)
             check_output(table)
             make_folder(self.last.parent)
             for path in (log, table, self.last.parent):
@@ -153,14 +148,14 @@ class Run:
         """Take over where the checkpoint's run was, and say what is not as it was there."""
         path, args = self.args.resume, self.args
         self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
-        saved = metadata["arguments"] | metadata["found"]
-        mine = vars(args) | self.found
+        saved, mine = metadata["arguments"] | metadata["found"], vars(args) | self.found
         start.keep(f"nothing new was finished, {path} is as it was")
         if start.rank:
             return
         for name in dict.fromkeys(("slices", "processes", *RESUMED, "augment")):
             if name in saved and saved[name] != mine[name]:
-                print(f"not as {path} was trained: " + f"{name} {saved[name]} -> {mine[name]}")
+                change = "other slices" if name == "slices" else f"{name} {saved[name]} -> {mine[name]}"
+                print(f"not as {path} was trained: {change}")
         if self.first_epoch > args.epochs:
             print(f"nothing to do: {path} has {self.first_epoch - 1} epochs, a larger --epochs goes on")
         else:

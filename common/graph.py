@@ -31,7 +31,7 @@ class TrainingGraph(nn.Graph):
         kind = type(optimizer).__name__
         if kind not in STATE:
             raise InputError(f"{kind}: graph_train.py only knows {', '.join(STATE)}; TrainUnetDataSet.py takes any")
-        pairs = STATE[kind] if optimizer.param_groups[0].get("momentum", 1) else {}
+        pairs = {} if kind == "SGD" and not optimizer.param_groups[0]["momentum"] else STATE[kind]
         eager, state = optimizer.state_dict(), {"System-Train-TrainStep": count}
         for index, (name, parameter) in enumerate(net.named_parameters()):
             for ours, theirs in pairs.items():
