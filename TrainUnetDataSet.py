@@ -6,9 +6,8 @@
 `diff TrainUnetDataSet.py ddp_train.py` shows what data parallel training takes.
 """
 
-from common import start
-from common.arguments import WIDTH, parse_args
-from common.epoch import Run, data_sets, pick_device, seed_everything
+from common import arguments, begin, start
+from common.epoch import Run
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
 from unet import UNet
@@ -18,7 +17,7 @@ from oneflow.utils.data import DataLoader, RandomSampler
 
 
 def Train_Unet(net, device, args):
-    train_set, val_set = data_sets(SelfDataSet, args)
+    train_set, val_set = begin.data_sets(SelfDataSet, args)
     sampler = RandomSampler(train_set)
     loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=args.num_workers)
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
@@ -38,13 +37,13 @@ def Train_Unet(net, device, args):
 
 
 def main(args):
-    device = pick_device(args)
-    seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device], args.dropout).to(device)
+    device = begin.pick_device(args)
+    begin.seed_everything(args.seed)
+    net = UNet(1, 1, args.bilinear, args.base_channels or arguments.WIDTH[device], args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
     Train_Unet(net, device, args)
 
 
 if __name__ == "__main__":
-    start.run(lambda: main(parse_args(__doc__, AUGMENTATIONS)))
+    start.run(lambda: main(arguments.parse_args(__doc__, AUGMENTATIONS)))

@@ -1,23 +1,23 @@
-"""Train a U-Net data parallel, one process a device: each takes its share of the slices, gradients are averaged.
+"""Train a U-Net data parallel, one process a device: GPUs where there are some, else the CPU.
 
-python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
-python3 -m oneflow.distributed.launch --nproc_per_node 2 ./ddp_train.py --device cpu
+    python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
+
+Each process takes its share of the slices; the gradients are averaged, so that all keep the same weights.
 """
 
-from common import ranks, start  # noqa: F401  ranks: the processes find each other
-from common.arguments import WIDTH, parse_args
-from common.epoch import Run, data_sets, pick_device, seed_everything
+import common.ranks  # noqa: F401  the processes find each other
+from common import arguments, begin, start
+from common.epoch import Run
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
 from unet import UNet
 
 from oneflow import nn, optim
-from oneflow.nn.parallel import DistributedDataParallel as ddp
 from oneflow.utils.data import DataLoader, distributed
 
 
 def Train_Unet(net, device, args):
-    train_set, val_set = data_sets(SelfDataSet, args)
+    train_set, val_set = begin.data_sets(SelfDataSet, args)
     sampler = distributed.DistributedSampler(train_set, seed=args.seed)
     loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=args.num_workers)
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
@@ -38,13 +38,13 @@ def Train_Unet(net, device, args):
 
 
 def main(args):
-    device = pick_device(args)
-    seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device], args.dropout).to(device)
+    device = begin.pick_device(args)
+    begin.seed_everything(args.seed)
+    net = UNet(1, 1, args.bilinear, args.base_channels or arguments.WIDTH[device], args.dropout).to(device)
     if args.cpu_kernels == "auto":
         accelerate(net)  # on a CPU; does nothing on a GPU
-    Train_Unet(ddp(net), device, args)
+    Train_Unet(nn.parallel.DistributedDataParallel(net), device, args)
 
 
 if __name__ == "__main__":
-    start.run(lambda: main(parse_args(__doc__, AUGMENTATIONS)))
+    start.run(lambda: main(arguments.parse_args(__doc__, AUGMENTATIONS)))

@@ -7,9 +7,8 @@ On a CPU the graph runs OneFlow's own kernels, several times slower than cpu_ker
 there. Each shape of a batch takes seconds to compile: train on crops, not on whole slices of many sizes.
 """
 
-from common import start
-from common.arguments import WIDTH, parse_args
-from common.epoch import Run, data_sets, pick_device, seed_everything
+from common import arguments, begin, start
+from common.epoch import Run
 from common.graph import Graphs, TrainingGraph
 from cpu_kernels import accelerate
 from dataloader import AUGMENTATIONS, SelfDataSet
@@ -28,7 +27,7 @@ class TrainGraph(TrainingGraph):
 
 
 def Train_Unet(net, device, args):
-    train_set, val_set = data_sets(SelfDataSet, args)
+    train_set, val_set = begin.data_sets(SelfDataSet, args)
     sampler = RandomSampler(train_set)
     loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=args.num_workers)
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
@@ -46,9 +45,9 @@ def Train_Unet(net, device, args):
 
 
 def main(args):
-    device = pick_device(args, graph=True)
-    seed_everything(args.seed)
-    net = UNet(1, 1, args.bilinear, args.base_channels or WIDTH[device]).to(device)
+    device = begin.pick_device(args, graph=True)
+    begin.seed_everything(args.seed)
+    net = UNet(1, 1, args.bilinear, args.base_channels or arguments.WIDTH[device]).to(device)
     if args.dropout:
         print("no dropout: in a graph OneFlow draws the same for every seed")
     if args.cpu_kernels == "auto":
@@ -57,4 +56,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    start.run(lambda: main(parse_args(__doc__, AUGMENTATIONS)))
+    start.run(lambda: main(arguments.parse_args(__doc__, AUGMENTATIONS)))

@@ -1,6 +1,6 @@
 """Reading and writing checkpoints, and taking over the weights that others trained.
 
-net, metadata = load_net("checkpoints/best.safetensors")
+`net, metadata = load_net("checkpoints/best.safetensors")` gives a trained net.
 """
 
 import hashlib

@@ -1,114 +1,19 @@
-"""What the training scripts call around their loops: device, seeds, data sets, and an epoch's batches and end."""
+"""An epoch of training: its batches, validation, and what is written at its end."""
 
-import os
 import time
 from pathlib import Path
 
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
-import cpu_kernels
 from common import checkpoint, scores, start
-from common.arguments import DATA, MIN_CROP, RESUMED, InputError
-from common.device import pick
+from common.arguments import RESUMED, InputError
+from common.begin import digest_of, is_synthetic, mixed_precision, seed_everything, sum_over_ranks
 from common.files import check_output, lock, make_folder
 from common.log import row_of, table_path, write_log
-from unet import MIN_SIDE
 
 import numpy as np
 import oneflow as flow
 from oneflow.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
-
-
-def pick_device(args, graph=False):
-    """ "cpu" or "cuda", as the arguments ask and the machine allows, which is said. Raises InputError.
-
-    graph: whether the script trains by a static graph.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) > start.processes:
-        raise InputError("this script trains in one process: launch ddp_train.py in several")
-    device = pick(args.device)
-    amp = mixed_precision(args, device, graph)
-    if args.amp == "on" and not amp:
-        needs = "a GPU in graph_train.py" if graph or device == "cuda" else "cpu_kernels and a CPU with bfloat16"
-        raise InputError(f"--amp on: mixed precision needs {needs}, leave it out")
-    if start.rank == 0:
-        several = f", {start.processes} processes" if start.processes > 1 else ""
-        print(f"device: {device}{several}, {'mixed' if amp else 'single'} precision")
-    return device
-
-
-def mixed_precision(args, device, graph=False):
-    """Whether a run computes in mixed precision: on a GPU a graph that is asked to, on a CPU where it has bfloat16."""
-    if graph or device == "cuda":
-        return graph and device == "cuda" and args.amp == "on"
-    has_bfloat16 = getattr(cpu_kernels, "has_bfloat16", lambda: False)
-    return args.amp != "off" and args.cpu_kernels == "auto" and has_bfloat16()
-
-
-def seed_everything(seed, epoch=0):
-    """Seed all that is random from (seed, epoch), so that an epoch repeats whatever ran before it."""
-    number = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    flow.manual_seed(number + start.rank)  # dropout; a rank's own, since each has other slices
-    np.random.seed(number)  # OneFlow's RandomSampler draws from NumPy
-
-
-def data_sets(SelfDataSet, args):
-    """(training set, validation set or None) as the arguments ask.
-
-    Raises InputError, also where the processes don't have the same slices.
-    """
-    if args.data_path == DATA and not Path(DATA).exists():
-        raise InputError(f"no {DATA} here: python3 data/prepare.py isbi (or sample) makes it")
-    options = {name: getattr(args, name) for name in ("augment", "crop", "repeat", "border_weight", "seed")}
-    kept = slice(None, -args.val_count or None)
-    train_set, val_set = SelfDataSet(args.data_path, args.label_path, keep=kept, **options), None
-    if not train_set.pairs:
-        raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
-    if args.val_path:
-        val_set = SelfDataSet(args.val_path, args.val_label_path)
-    elif args.val_count:
-        val_set = SelfDataSet(args.data_path, args.label_path, keep=slice(-args.val_count, None))
-    for data_set in filter(None, (train_set, val_set)):
-        for name, shape in zip(data_set.names, data_set.shapes, strict=True):
-            if min(shape) < MIN_SIDE or (data_set is train_set and max(shape) < MIN_CROP):
-                raise InputError(f"slice {name}: {shape} pixels are too few for the net")
-    sides = {side for shape in train_set.shapes for side in shape}
-    if args.crop is None:
-        side = min(256, *sides) // 16 * 16
-        train_set.crop = side if side >= MIN_CROP else 0
-    if args.batch_size > 1 and not train_set.crop and len(set(train_set.shapes)) > 1:
-        raise InputError(
-            f"{args.data_path}: slices of several sizes can't share a batch, pass --batch_size 1 or --crop N"
-        )
-    start.got_further()
-    mine = int(digest_of(train_set, val_set), 16) % 0x7FFFFFFF  # small enough for exact sums in float64
-    if sum_over_ranks(mine) != [start.processes * mine]:
-        raise InputError(f"{args.data_path}: this process has other slices than another one")
-    if start.rank == 0:
-        if is_synthetic(args):
-            print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
-        counts = (len(data_set.pairs) if data_set else 0 for data_set in (train_set, val_set))
-        print("{} training slices, {} validation slices".format(*counts))
-    return train_set, val_set
-
-
-def digest_of(*sets):
-    """16 hexadecimal digits that tell one choice of slices from another."""
-    return "".join(data_set.digest[:8] for data_set in sets if data_set)
-
-
-def is_synthetic(args):
-    """Whether the slices are those of data/sample.py: data/prepare.py writes their source beside them."""
-    source = Path(args.data_path).parent / "source.txt"
-    return source.is_file() and "synthetic" in source.read_text(errors="replace")
-
-
-def sum_over_ranks(*values):
-    """The sums of the numbers over all processes, as floats."""
-    total = flow.tensor(values, dtype=flow.float64)
-    if start.processes > 1:
-        flow.comm.all_reduce(total)
-    return [float(value) for value in total.numpy()]
 
 
 class Run:
@@ -124,7 +29,7 @@ class Run:
         self.found = {"device": device, "processes": start.processes, "base_channels": net.base_channels}
         self.found |= {"crop": train_set.crop, "slices": digest_of(train_set, val_set)}
         self.found |= {"amp": mixed_precision(args, device, graph), "dropout": net.dropout}
-        self.first_epoch, self.best, self.rows, self.improved = 1, None, [], False
+        self.first_epoch, self.best, self.rows = 1, None, []
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
@@ -194,7 +99,7 @@ class Run:
         for parameter in self.net.parameters():
             parameter.numpy()  # waits for the last step, which OneFlow may not have finished
         if start.processes > 1:
-            # Running statistics are each rank's own until the next forward fetches rank 0's: fetch them now.
+            # Running statistics are each rank's own until the next forward fetches rank 0's.
             for buffer in self.net.buffers():
                 flow.comm.broadcast(buffer, 0)
         sums = sum_over_ranks(self.loss_sum, self.samples, self.steps, *self.further.values())
@@ -210,12 +115,10 @@ class Run:
         losses = losses.numpy()
         start.got_further()
         if not np.isfinite(losses).all():
-            raise FloatingPointError(
-                f"the loss became {losses.mean()} in epoch {self.epoch}: try a smaller --lr; {start.kept}"
-            )
+            what = f"the loss became {losses.mean()} in epoch {self.epoch}"
+            raise FloatingPointError(f"{what}: try a smaller --lr; {start.kept}")
         for loss in losses.tolist():
-            # DistributedSampler deals the slices out like cards, and fills the last round up with slices that were
-            # dealt already: they don't count again.
+            # DistributedSampler fills its last round up with slices that were dealt already: they don't count again.
             if self.place < len(self.train_set):
                 self.loss_sum += loss
                 self.samples += 1
@@ -228,9 +131,9 @@ class Run:
     def validate(self, criterion):
         """Scores of the validation slices; {} without slices, None in an epoch that leaves it out.
 
-        Means over the slices: "val_loss", without weights; "val_misclassification", the share of pixels on the wrong
-        side of P(interior) = 0.5; "val_v_rand" and "val_v_info" (see scores.py), each at its best threshold;
-        "val_threshold", that of V_Rand. The ranks share the slices out between them.
+        Means over the slices: val_loss, without weights; val_misclassification, the share of pixels on the wrong side
+        of P(interior) = 0.5; val_v_rand and val_v_info, each at its best threshold; val_threshold, that of V_Rand.
+        The ranks share the slices out between them.
         """
         if self.val_set is None:
             return {}
@@ -258,9 +161,8 @@ class Run:
     def finish(self, val_scores):
         """Write the epoch's checkpoints, then its log, and print its line; val_scores: what validate() returned.
 
-        `best` becomes {"epoch", "loss", "by", "threshold"} of the best epoch: "loss" is what --best_by asks for,
-        1 - V_Rand for v_rand; "threshold" parts cells best there, 0.5 without validation.
-        Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
+        `best` is of the best epoch: "loss", by --best_by (1 - V_Rand for v_rand), and "threshold", which parts cells
+        best there. Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
         """
         train_loss, found = self.loss_sum / self.samples, val_scores or {}
         values = (*found.values(), *(tensor.numpy() for tensor in self.net.state_dict().values()))

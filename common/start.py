@@ -1,7 +1,6 @@
 """How a script runs and ends: Ctrl-C, errors in one line, exit codes; and of several processes, their watchdog.
 
-if __name__ == "__main__":
-    start.run(main)
+Each script ends with `start.run(main)`.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from common.files import unfinished
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
 main_process, stderr = os.getpid(), 2  # stderr: for interrupt(), which may come while descriptor 2 is silenced
-signs = None  # a pipe to the watchdog
+signs, port_names = None, []  # of several processes: a pipe to the watchdog; what holds the job's port
 
 
 def run(main):
@@ -136,9 +135,9 @@ def find_master(same_host, address, port, seconds):
     if rank == 0:
         try:
             for name in names:
-                find_master.held.append(socket.socket(socket.AF_UNIX))
-                find_master.held[-1].bind(name)
-                find_master.held[-1].listen()
+                port_names.append(socket.socket(socket.AF_UNIX))
+                port_names[-1].bind(name)
+                port_names[-1].listen()
             socket.create_server(("", port)).close()
         except (OSError, OverflowError) as error:
             give_up(f"port {port}: {error}; if another job runs here, give the launcher another --master_port", 1)
@@ -154,9 +153,6 @@ def find_master(same_host, address, port, seconds):
             if time.monotonic() > until:
                 give_up(f"the other processes are not at {address}:{port} after {seconds:g} s", 1)
             time.sleep(0.05)
-
-
-find_master.held = []  # rank 0's names, until the process ends
 
 
 def give_up(message, code):

@@ -92,8 +92,9 @@ def state():
     children = [line for line in open("/proc/self/status") if line.startswith(("PPid", "SigBlk"))]
     children += [os.popen(f"pgrep -P {os.getpid()} python").read()]
     ports = [line.split()[1] for line in open("/proc/self/net/tcp") if line.split()[3] == "0A"]
-    return handlers, dict(os.environ), children, os.getcwd(), os.fstat(2).st_ino, sys.excepthook
-# OneFlow's own, which `import oneflow` alone would change too
+    others = ("LD_LIBRARY_PATH", "ONEFLOW_")  # of cv2 and of OneFlow
+    variables = {name: text for name, text in os.environ.items() if not name.startswith(others)}
+    return handlers, variables, children, ports, os.getcwd(), os.fstat(2).st_ino
 def work():
     importlib.import_module(sys.argv[1])
 before = state()
@@ -103,7 +104,8 @@ thread.join()
 after = state()
 for one, two in zip(before, after):
     if one != two:
-        print("not as before:", one, two)
+        one, two = (set(x.items() if isinstance(x, dict) else x) for x in (one, two))
+        print("not as before:", one ^ two)
 for name in sys.argv[2:]:
     if name in sys.modules:
         print("imported:", name)

@@ -11,7 +11,7 @@ import sys
 import time
 
 import predict_unet_test
-from common import arguments, checkpoint, epoch, files, log, start
+from common import arguments, begin, checkpoint, epoch, files, log, start
 from common.arguments import InputError
 from conftest import (
     BEST,
@@ -168,7 +168,7 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     """The first epoch's loss of one step is the weighted mean of the untrained net's losses."""
     flags = ("--batch_size", 6, "--epochs", 1, "--augment", "--crop", 0, "--seed", 3, "--amp", "off")
     train(*flags, "--border_weight", 30, "--dropout", 0, cwd=tmp_path)
-    epoch.seed_everything(3)
+    begin.seed_everything(3)
     net = UNet(1, 1, bilinear=False, base_channels=4)
     image, label, weight = map(np.stack, zip(*SelfDataSet(slices, border_weight=30), strict=True))
     with flow.no_grad():
@@ -193,7 +193,7 @@ def test_dropout_reaches_the_net(slices, tmp_path, monkeypatch):
     drawn = []
     for rank in (0, 1):
         monkeypatch.setattr(start, "rank", rank)
-        epoch.seed_everything(0, 1)
+        begin.seed_everything(0, 1)
         drawn.append((flow.rand(9).numpy(), np.random.rand(9)))
     assert not np.array_equal(drawn[0][0], drawn[1][0])
     assert np.array_equal(drawn[0][1], drawn[1][1])
