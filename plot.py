@@ -9,15 +9,12 @@ since it knows the validation loss too. Writes a PNG, and shows a window where t
 
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from common import start
 from common.arguments import InputError, Parser, given_path
 from common.files import write_whole
-
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 MADE_BY = b"Matplotlib"  # what is in the first bytes of a PNG of ours
 
@@ -81,14 +78,12 @@ def show(losses, options):
     """A window with the picture, where there is a display and a toolkit for one."""
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return
-    try:
-        import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
-        draw(plt.figure(**options), *losses)
-        if matplotlib.get_backend().lower() != "agg":
-            plt.show()
-    except (ImportError, RuntimeError, ValueError):  # MPLBACKEND of a notebook, for example
-        pass
+    with suppress(ImportError, RuntimeError):  # no toolkit, or the display can't be reached
+        draw(pyplot.figure(**options), *losses)
+        if pyplot.get_backend().lower() != "agg":
+            pyplot.show()
 
 
 def main():
@@ -97,6 +92,9 @@ def main():
     parser.add_argument("--out", type=given_path, default="loss.png", help="the picture (default: loss.png)")
     args = parser.parse_args()
     losses, log = find_losses(Path(args.log))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's isn't there for us, and matplotlib refuses to be imported then
+    from matplotlib.figure import Figure
+
     options = {"figsize": (7, 4.5), "layout": "constrained"}
     figure = Figure(**options)
     draw(figure, *losses)
@@ -105,7 +103,7 @@ def main():
         if out.exists() and MADE_BY not in out.read_bytes()[:200]:
             raise InputError(f"--out {out}: is no picture of plot.py's, choose another name")
         with write_whole(out, sync=False) as file:
-            FigureCanvasAgg(figure).print_figure(file, format="png", dpi=150)
+            figure.savefig(file, format="png", dpi=150)
     except OSError as error:
         raise InputError(f"{args.out}: can't be written ({error.strerror})") from None
     count = len(losses[0])
