@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 
 SUFFIXES = {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
-CONVERT = "python3 data/prepare.py labels"  # SOURCE OUT: makes labels of ours from others'
+CONVERT = "python3 data/prepare.py labels SOURCE OUT"  # makes labels of ours from others'
 LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no slice
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file of each kind begins
 COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946}  # of TIFF, that OpenCV reads: none, fax, LZW, JPEG, ZIP, PackBits
@@ -143,7 +143,7 @@ def misread(tiff, pages):
         samples, grey = page.samplesperpixel, page.photometric in (0, 1)
         # OpenCV takes it for black where it has 16 bit or more; programs disagree about 1 bit.
         if page.photometric == 0 and samples == 1:
-            return f"has 0 for white, save it with 0 for black (Fiji: Lookup Tables > Grays), or a label by {CONVERT}"
+            return f"has 0 for white, save it with 0 for black (Fiji: Lookup Tables > Grays), a label by {CONVERT}"
         orientation = page.tags.valueof(274, default=1)
         if 2 <= (orientation[0] if isinstance(orientation, bytes) else orientation) <= 8:  # programs disagree here too
             return "is stored turned or mirrored, save it upright"

@@ -42,7 +42,10 @@ def read_label(file, page=0, values=None):
     values: the two of the whole set, where they are known. Raises InputError for other values, and for a label whose
     polarity can't be told: in colour, with a palette or with transparency.
     """
-    label = decode(file, page, cv2.IMREAD_UNCHANGED)
+    try:
+        label = decode(file, page, cv2.IMREAD_UNCHANGED)
+    except InputError as error:
+        raise InputError(f"{error}; a label of another type: {CONVERT}") from None
     with open(file, "rb") as start:
         head = start.read(32)
     palette = head[25:26] == b"\3" and head[:4] == b"\x89PNG"
@@ -52,7 +55,7 @@ def read_label(file, page=0, values=None):
     transparent = label.ndim == 3 and label.shape[2] == 4 and np.ptp(label[:, :, 3])
     if palette or transparent or (label.ndim == 3 and np.ptp(label[:, :, :3], axis=2).any()):
         kind = "a palette" if palette else "transparency" if transparent else "colours"
-        raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} SOURCE OUT --threshold N")
+        raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} --threshold N")
     label = label if label.ndim == 2 else label[:, :, 0]
     low, high = values or (label.min(), label.max())
     ours = (label == low) | (label == high)
@@ -62,7 +65,7 @@ def read_label(file, page=0, values=None):
         soft = counts[0] + counts[-1] > 0.5 * label.size and label.dtype == np.uint8
         flag = f"--threshold {(found[0] + found[-1]) / 2:g}" if soft else "--cells"
         raise InputError(
-            f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} SOURCE OUT {flag}"
+            f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} {flag}"
         )
     return label
 
@@ -89,12 +92,12 @@ def judge(label_path, looks, where="slices", part=False):
         return 0, max(*total, 1)
     if len(total) != 2:
         some = ", ".join(f"{value:g}" for value in sorted(total)[:6])
-        way = f": {CONVERT} SOURCE OUT --{'cells' if len(total) > 6 else 'threshold N'}" if len(total) > 2 else ""
+        way = f": {CONVERT} --{'cells' if len(total) > 6 else 'threshold N'}" if len(total) > 2 else ""
         raise InputError(f"{label_path}: its labels together have {len(total)} values ({some}), not two{way}")
     (_, (dark_pixels, dark)), (_, (pixels, light)) = sorted(total.items())
     if pixels < dark_pixels and light / pixels < dark / dark_pixels:
         raise InputError(
             f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels and dark in the "
-            f"{where}, so membrane is white there: {CONVERT} {label_path} OUT --membrane white"
+            f"{where}, so membrane is white there: {CONVERT.replace('SOURCE', str(label_path))} --membrane white"
         )
     return tuple(sorted(total))

@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 from common.arguments import InputError
-from common.images import decode, list_slices, quiet_stderr
-from common.labels import CONVERT
+from common.images import CONVERT, decode, list_slices, quiet_stderr
 
 import cv2
 import numpy as np
@@ -82,12 +81,13 @@ def convert(source, out, args):
     """
     slices = list_slices(source, strict=False)
     if out.exists():
-        raise InputError(f"{out}: exists already, name a folder to make: {CONVERT} SOURCE OUT")
+        raise InputError(f"{out}: exists already, name a folder to make: {CONVERT}")
     values = None if args.cells or args.threshold is not None else find_values(slices, args)
     stage, shares, cells = Path(f"{out}.{os.getpid()}"), [], []
     try:
         stage.mkdir(parents=True)
-        for name, file, page in slices:
+        for number, (name, file, page) in enumerate(slices):
+            name = name if Path(source).is_dir() else number  # as slices of a folder are called most often
             interior = interior_of(as_numbers(file, page, args.cells), args, values).astype(np.uint8)
             shares.append(interior.mean())
             cells.append(cv2.connectedComponents(interior, connectivity=4)[0] - 1)
