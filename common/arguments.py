@@ -105,6 +105,7 @@ def training_parser(doc, augmentations):
     text = f"folder for last.safetensors and best.safetensors {default}"
     add("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help=text)
     add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments")
+    add("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
     text = f"a loss a line; more goes into the .csv beside it {default}"
     add("--log_file", type=path, default="Unet_train.txt", help=text)
     add("--val_every", type=number(int, 1), default=5, help=f"validate each N epochs {default}")
@@ -121,10 +122,17 @@ def parse_args(doc, augmentations, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = training_parser(doc, augmentations)
     args = parser.parse_args(argv)
-    if args.resume:
+    if args.resume and args.init:
+        raise InputError("--init: --resume has the weights already, leave one of the two out")
+    if args.resume or args.init:
         from common.checkpoint import arguments_of  # here, since it needs OneFlow, which other users of this don't
 
-        args = resumed(parser, args, argv, arguments_of(args.resume), augmentations)
+        path = args.resume or args.init
+        args = resumed(parser, args, argv, path, arguments_of(path, init=not args.resume), augmentations)
+    if args.checkpoint_dir.endswith(".safetensors"):
+        raise InputError(
+            f"--checkpoint_dir {args.checkpoint_dir}: is the folder to write to; --init FILE begins with weights"
+        )
     if args.crop and args.crop < MIN_CROP:
         raise InputError(f"--crop {args.crop} is neither 0 nor {MIN_CROP} or more")
     if args.val_path and args.val_count:
@@ -136,13 +144,13 @@ def parse_args(doc, augmentations, argv=None):
     return args
 
 
-def resumed(parser, args, argv, saved, augmentations):
-    """The arguments with those of a checkpoint as defaults, passed through the parser, which checks them."""
+def resumed(parser, args, argv, path, saved, augmentations):
+    """The arguments with those saved in a checkpoint as defaults, passed through the parser, which checks them."""
     said = {word.split("=")[0] for word in argv}
     for name in PATHS:
         unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
         if unsaid and saved.get(name) not in (None, getattr(args, name)):
-            raise InputError(f"{args.resume}: was made with --{name} {saved[name]}, pass --{name}")
+            raise InputError(f"{path}: was made with --{name} {saved[name]}, pass --{name}")
     flags = ["--bilinear"] if saved.get("bilinear") is True else []
     for name in RESUMED:
         if isinstance(saved.get(name), int | float | str) and not (name == "val_count" and args.val_path):
@@ -152,7 +160,7 @@ def resumed(parser, args, argv, saved, augmentations):
     args = parser.parse_args(flags + argv)
     if (args.bilinear, args.base_channels) != (saved["bilinear"], saved["base_channels"]):
         net = f"{saved['base_channels']} base channels{', bilinear' * saved['bilinear']}"
-        raise InputError(f"{args.resume}: a net of {net}; leave --base_channels and --bilinear as they were")
+        raise InputError(f"{path}: a net of {net}; leave --base_channels and --bilinear as they were")
     return args
 
 

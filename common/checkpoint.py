@@ -20,6 +20,7 @@ import oneflow as flow
 import safetensors
 import safetensors.numpy
 
+WEIGHTS_ONLY = "holds weights only, too little to go on from; --init begins a training with them"
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
 
 
@@ -93,12 +94,16 @@ def load_net(path, trust_pickle=False):
 
     Says what it made of weights that others trained. Raises InputError.
     """
-    tensors, _, metadata = read(path, trust_pickle)
-    if "model" not in metadata:
-        tensors = named_as_ours(path, tensors)
+    tensors, metadata = read_net(path, trust_pickle)
     net = UNet(*architecture(path, tensors))
     fill(path, net, tensors)
     return net, metadata
+
+
+def read_net(path, trust_pickle=False):
+    """The net's tensors under our names, {name: array}, and the metadata."""
+    tensors, _, metadata = read(path, trust_pickle)
+    return (tensors if "model" in metadata else named_as_ours(path, tensors)), metadata
 
 
 def named_as_ours(path, tensors):
@@ -206,7 +211,7 @@ def resume(path, net, optimizer):
     tensors, kept, metadata = read(path)
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
     if not isinstance(saved, dict):
-        raise InputError(f"{path}: holds weights only, too little to go on from")
+        raise InputError(f"{path}: {WEIGHTS_ONLY}")
     if saved.get("name") != kind:
         raise InputError(f"{path}: was trained with {saved.get('name')}, not with {kind}, so it can't go on here")
     fill(path, net, tensors)
@@ -248,17 +253,19 @@ def makes_sense(metadata, numbers, own):
         return False
 
 
-def arguments_of(path):
+def arguments_of(path, init=False):
     """The training arguments of a checkpoint, with what its run found out for those that were left open.
 
-    Raises InputError for a checkpoint without them.
+    init: only those of the net, which other weights have too. Raises InputError for a checkpoint without them.
     """
     if Path(path).is_dir():
-        raise InputError(f"{path}: a folder can't be resumed, only predicted with")
-    tensors, _, metadata = read(path)
+        raise InputError(f"{path}: a folder can't be trained further, only predicted with")
+    tensors, metadata = read_net(path)
     saved, found = metadata.get("arguments"), metadata.get("found")
-    if not isinstance(saved, dict) or not isinstance(found, dict):
-        raise InputError(f"{path}: holds weights only, too little to go on from")
     *_, bilinear, base_channels = architecture(path, tensors)
-    open_ones = {name: found[name] for name in ("crop", "dropout") if name in found}
-    return saved | open_ones | {"bilinear": bilinear, "base_channels": base_channels}
+    net = {"bilinear": bilinear, "base_channels": base_channels}
+    if init:
+        return net
+    if not isinstance(saved, dict) or not isinstance(found, dict):
+        raise InputError(f"{path}: {WEIGHTS_ONLY}")
+    return saved | {name: found[name] for name in ("crop", "dropout") if name in found} | net

@@ -33,6 +33,8 @@ class Run:
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
+        elif args.init:
+            checkpoint.fill(args.init, net, checkpoint.read_net(args.init)[0])
         self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
             log = Path(args.log_file)

@@ -121,7 +121,7 @@ def join():
         seconds = seconds if 0 < seconds < 1e6 else 1e6  # what makes no sense is refused later
     except (TypeError, ValueError):
         seconds = 1e6
-    find_master(local == rank, address, port, max(seconds, 30))
+    find_master(local == rank, address, port, max(seconds, 10))
     watch(seconds, f"the other processes are not at {address}:{port} after {seconds:g} s")
 
 

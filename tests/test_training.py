@@ -11,7 +11,7 @@ import sys
 import time
 
 import predict_unet_test
-from common import arguments, begin, checkpoint, epoch, files, log, start
+from common import arguments, begin, checkpoint, epoch, files, log, scores, start
 from common.arguments import InputError
 from conftest import (
     BEST,
@@ -73,19 +73,24 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
 
 
 def test_validation_is_the_nets_own_score(slices, tmp_path):
-    """val_loss and val_misclassification are those of the saved net in eval mode, from scratch."""
+    """val_loss, val_misclassification and val_threshold are those of the saved net in eval mode, from scratch."""
     train("--epochs", 2, "--val_count", 2, cwd=tmp_path)
     net, _ = checkpoint.load_net(tmp_path / LAST)
     net.eval()
-    losses, errors = [], []
+    losses, errors, pairs = [], [], []
     for image, label in SelfDataSet(slices, keep=slice(-2, None)):
         with flow.no_grad():
             logit = net(flow.tensor(image[None])).numpy()[0].astype(np.float64)
         losses.append(np.mean(np.log1p(np.exp(-np.where(label == 1, logit, -logit)))))
         errors.append(np.mean((logit > 0) != (label == 1)))
+        pairs.append((1 / (1 + np.exp(-logit[0])), label[0] == 1))
+    thresholds = scores.THRESHOLDS[1:-1]
+    found = scores.evaluate(*zip(*pairs, strict=True), thresholds)
     row = rows_of(tmp_path / "Unet_train.csv")[-1]
     assert float(row["val_loss"]) == pytest.approx(np.mean(losses), abs=2e-6)
     assert float(row["val_misclassification"]) == pytest.approx(np.mean(errors), abs=1e-6)
+    v_rand, threshold = scores.best(found, "v_rand", thresholds)  # as evaluate.py chooses it
+    assert (float(row["val_v_rand"]), float(row["val_threshold"])) == pytest.approx((v_rand, threshold), abs=1e-6)
 
 
 def test_overfits_two_slices(tmp_path):
@@ -337,13 +342,36 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
 
 
 def test_resuming_otherwise_is_said(slices, tmp_path):
-    """Other slices are said; another net is refused."""
+    """Other slices and another number of processes are said; another net is refused."""
     train("--epochs", 1, cwd=tmp_path)
+    metadata = metadata_of(tmp_path / LAST)
+    metadata["found"]["processes"] = 2
+    checkpoint.write(tmp_path / LAST, tensors_of(tmp_path / LAST), metadata)
     (slices / "5.png").unlink()
-    assert f"{LAST} was trained: other slices\n" in resume("--epochs", 2, cwd=tmp_path).stdout
+    done = resume("--epochs", 2, cwd=tmp_path)
+    assert f"{LAST} was trained: other slices\n" in done.stdout
+    assert f"{LAST} was trained: processes 2 -> 1\n" in done.stdout
     for flags in (("--base_channels", 8), ("--bilinear",)):
         with pytest.raises(InputError, match="a net of 4 base channels"):
             resume("--epochs", 3, *flags, cwd=tmp_path)
+
+
+def test_begin_with_given_weights(slices, tmp_path):
+    """--init takes weights and width, and nothing else: a new optimizer, epoch 1; of other programs' weights too."""
+    train("--epochs", 1, cwd=tmp_path)
+    tensors = {f"module.{n}": t for n, t in tensors_of(tmp_path / LAST).items() if not n.startswith("optimizer.")}
+    checkpoint.write(tmp_path / "bare.safetensors", tensors, {})
+    with pytest.raises(InputError, match=r"bare\.safetensors: holds weights only.* --init"):
+        train("--resume", "bare.safetensors", cwd=tmp_path, small=())
+    with pytest.raises(InputError, match=r"bare\.safetensors: a net of 4 base channels"):
+        train("--init", "bare.safetensors", "--base_channels", 8, cwd=tmp_path, small=())
+    flags = ("--device", "cpu", "--data_path", slices, "--epochs", 1, "--lr", 1e-30, "--dropout", 0)
+    train(*flags, "--init", tmp_path / "bare.safetensors", cwd=tmp_path / "begun", small=())
+    one, other = tensors_of(tmp_path / LAST), tensors_of(tmp_path / "begun" / LAST)
+    np.testing.assert_array_equal(one["outc.conv.weight"], other["outc.conv.weight"])
+    metadata = metadata_of(tmp_path / "begun" / LAST)
+    assert metadata["epoch"] == 2 and metadata["model"]["base_channels"] == 4
+    assert metadata["optimizer"]["state"]["step"] == 12  # 6 slices, 8 times, 4 at once
 
 
 # ------------------------------------------------------------------------------------- flags
@@ -364,7 +392,9 @@ BAD = {
     "log is a folder": (("--log_file", "data"), "data"),
     "log without a name": (("--log_file", "."), r"\."),
     "log in the way": (("--log_file", "loss.csv"), "--log_file"),
-    "folder in the way": (("--checkpoint_dir", "damaged.safetensors"), "damaged.safetensors"),
+    "two beginnings": (("--init", "a.safetensors", "--resume", "b.safetensors"), "--init"),
+    "weights for a folder": (("--checkpoint", "b.safetensors"), "--init"),
+    "folder in the way": (("--checkpoint_dir", "data/train_image/0.png"), "0.png"),
 }
 
 
