@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.arguments import InputError
 from common.images import normalise, read_slice
-from common.labels import beside, judge, look, pair, read_label
+from common.labels import beside, judge, look, pair, read_grey, read_label
 
 import cv2
 import numpy as np
@@ -170,7 +170,7 @@ class SelfDataSet:
         """Read a pair, each (name, file, page) -> (shape, SHA-256 of its pixels, look() of it). Raises InputError."""
         if label_file is None:
             raise InputError(f"{slice_file[1]}: no label of that name in {label_path}")
-        image, label = read_slice(*slice_file[1:]), read_label(*label_file[1:])
+        image, label = read_slice(*slice_file[1:]), read_grey(*label_file[1:])
         if label.shape != image.shape:
             raise InputError(f"{label_file[1]}: {label.shape}, but its slice has {image.shape} pixels")
         interior = label == label.max()
@@ -190,11 +190,10 @@ class SelfDataSet:
             raise IndexError(index)  # what ends `for pair in data_set`
         index %= len(self)
         slice_file, label_file = self.pairs[index % len(self.pairs)]
-        label = (read_label(*label_file, self.values) == self.values[1]).astype(np.float32)
-        maps = [normalise(read_slice(*slice_file)), label]
+        maps = [normalise(read_slice(*slice_file)), read_label(*label_file, self.values)]
         if self.border_weight:
             weights = self.weights.get(label_file)
-            maps.append(border_weights(label, self.border_weight) if weights is None else weights)
+            maps.append(border_weights(maps[1], self.border_weight) if weights is None else weights)
         rng = np.random.default_rng((self.seed, self.epoch, index))
         maps = augment(maps, rng, self.augment, self.crop)
         # Flips and rotations are views with negative strides, which OneFlow refuses.

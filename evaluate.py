@@ -24,7 +24,7 @@ from common import start
 from common.arguments import InputError, Parser, given_path
 from common.files import check_output, write_whole
 from common.images import list_slices, read_slice
-from common.labels import beside, judge, look, pair, read_label
+from common.labels import beside, judge, look, pair, read_grey, read_label
 from common.scores import SCORES, THRESHOLDS, best, combine, count
 
 import cv2
@@ -78,7 +78,7 @@ def check(reader, files, label_files):
     """look() at each label with its image. Raises InputError for an image that isn't as large as its label."""
     looks = []
     for file, label_file in zip(files, label_files, strict=True):
-        image, label = reader(*file), read_label(*label_file)
+        image, label = reader(*file), read_grey(*label_file)
         if image.shape != label.shape:
             raise InputError(f"{file[0]}: {image.shape}, but its label has {label.shape} pixels")
         looks.append(look(label, image))
@@ -88,7 +88,7 @@ def check(reader, files, label_files):
 def score(job):
     """count() of one slice; job: (what, its file, the label's file, the label's values), files as (file, page, …)."""
     what, file, label_file, values = job
-    interior = read_label(*label_file, values) == values[1]
+    interior = read_label(*label_file, values) > 0
     if what == "all_interior":
         return count(np.ones(interior.shape, bool), interior)
     return count((read_blurred if what == "blurred_slices" else read_probability)(*file), interior)

@@ -37,10 +37,23 @@ def pair(path, label_path, suffix=""):
 
 
 def read_label(file, page=0, values=None):
+    """One label as float32 (H, W): 1 where it is lighter (interior), 0 where darker (membrane).
+
+    values: (membrane, interior) of the whole set, from judge(); without them the label's own lowest and highest. Raises
+    InputError for a label that read_grey() refuses, or that has other values.
+    """
+    label = read_grey(file, page)
+    low, high = values or (label.min(), label.max())
+    if not ((label == low) | (label == high)).all():
+        raise InputError(f"{file}: has other values than {low:g} and {high:g}, those of the other labels")
+    return (label == high).astype(np.float32)
+
+
+def read_grey(file, page=0):
     """One label as a grey array (H, W), of one or two values.
 
-    values: the two of the whole set, where they are known. Raises InputError for other values, and for a label whose
-    polarity can't be told: in colour, with a palette or with transparency.
+    Raises InputError for more of them, and for a label whose polarity can't be told: in colour, with a palette or with
+    transparency.
     """
     try:
         label = decode(file, page, cv2.IMREAD_UNCHANGED)
@@ -57,9 +70,7 @@ def read_label(file, page=0, values=None):
         kind = "a palette" if palette else "transparency" if transparent else "colours"
         raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} --threshold N")
     label = label if label.ndim == 2 else label[:, :, 0]
-    low, high = values or (label.min(), label.max())
-    ours = (label == low) | (label == high)
-    if not ours.all():
+    if not ((label == label.min()) | (label == label.max())).all():
         found, counts = np.unique(label, return_counts=True)
         # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
         soft = counts[0] + counts[-1] > 0.5 * label.size and label.dtype == np.uint8
