@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 WEIGHTS_ONLY = "holds weights only, too little to go on from; --init begins a training with them"
+CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'NEW.safetensors')"
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
 
 
@@ -55,6 +56,12 @@ def read(path, trust_pickle=False):
         return unpickled(path, trust_pickle), {}, {}
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one first, with bash train.sh")
+    if path.suffix in (".pth", ".pt", ".ckpt"):
+        raise InputError(f"{path}: is PyTorch's, convert it with torch: {CONVERT}")
+    if path.suffix in (".h5", ".hdf5", ".keras"):
+        raise InputError(
+            f"{path}: is Keras's, whose nets have other layers; only weights of PyTorch's can be converted"
+        )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

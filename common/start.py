@@ -3,7 +3,6 @@
 Each script ends with `start.run(main)`.
 """
 
-import argparse
 import ctypes
 import os
 import select
@@ -114,12 +113,10 @@ def join():
         give_up("WORLD_SIZE is set, but not all of the launcher's variables: python3 -m oneflow.distributed.launch", 2)
     # A launcher can be ended without its ranks: have the kernel end them with it (1 is PR_SET_PDEATHSIG).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--rank_timeout", nargs="?", default="1800")
-    try:
-        seconds = float(early.parse_known_args()[0].rank_timeout)
-        seconds = seconds if 0 < seconds < 1e6 else 1e6  # what makes no sense is refused later
-    except (TypeError, ValueError):
+    words = " ".join(sys.argv).replace("=", " ").split()
+    try:  # before the flags are parsed, which says what makes no sense
+        seconds = min(max(float(dict(zip(words, words[1:], strict=False)).get("--rank_timeout", 1800)), 0.1), 1e6)
+    except ValueError:
         seconds = 1e6
     find_master(local == rank, address, port, max(seconds, 10))
     watch(seconds, f"the other processes are not at {address}:{port} after {seconds:g} s")
@@ -140,7 +137,8 @@ def find_master(same_host, address, port, seconds):
                 port_names[-1].listen()
             socket.create_server(("", port)).close()
         except (OSError, OverflowError) as error:
-            give_up(f"port {port}: {error}; if another job runs here, give the launcher another --master_port", 1)
+            why = getattr(error, "strerror", error)
+            give_up(f"port {port}: {why}; if another job runs here, give the launcher another --master_port", 1)
         return
     until = time.monotonic() + seconds
     for family, where in [(socket.AF_UNIX, names[1])] * same_host + [(socket.AF_INET, (address, port))]:
@@ -199,8 +197,15 @@ def got_further(alone=False):
 
 def leave_together():
     """Of several processes that ended well, wait for the others: one that is gone fails those that still compute."""
-    if processes > 1:
-        import oneflow
+    if processes == 1:
+        return
+    import oneflow
 
-        oneflow.comm.barrier()
-        time.sleep(rank == 0)  # its answer to the others has to arrive
+    sys.stdout.flush()
+    oneflow.comm.barrier()
+    # OneFlow looks every ten seconds whether the others are there and aborts if not. From here on that is no fault:
+    # let the thread that aborts wait for the end, and what it has to say be lost.
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    time.sleep(1 if rank == 0 else 0.5)  # until the others have got that far; rank 0 answers them all

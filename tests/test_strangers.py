@@ -246,3 +246,11 @@ def test_weights_with_half_of_the_biases(tmp_path):
     safetensors.numpy.save_file(state, tmp_path / "others.safetensors")
     with pytest.raises(InputError, match=r"down1\.maxpool_conv\.1\.double_conv\.0\.bias"):
         checkpoint.load_net(tmp_path / "others.safetensors")
+
+
+@pytest.mark.parametrize("name, program", [("net.pth", "PyTorch"), ("net.h5", "Keras")])
+def test_other_formats_are_named(name, program, tmp_path):
+    """A file of another program is called by its format, with what converts it; it is never unpickled."""
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=f"is {program}'s, .*convert"):
+        checkpoint.load_net(tmp_path / name)
