@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from common.arguments import InputError
@@ -115,7 +116,7 @@ def join():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     words = " ".join(sys.argv).replace("=", " ").split()
     try:  # before the flags are parsed, which says what makes no sense
-        seconds = min(max(float(dict(zip(words, words[1:], strict=False)).get("--rank_timeout", 1800)), 0.1), 1e6)
+        seconds = min(max(0.1, float(dict(pairwise(words)).get("--rank_timeout", 1800))), 1e6)
     except ValueError:
         seconds = 1e6
     find_master(local == rank, address, port, max(seconds, 10))
