@@ -52,16 +52,19 @@ def read(path, trust_pickle=False):
     `trust_pickle`. Raises InputError.
     """
     path = Path(path)
+    if path.is_dir() and not trust_pickle:
+        raise InputError(
+            f"{path}: a folder of flow.save runs code when it is loaded: predict with it and --trust_pickle"
+        )
     if path.is_dir():
-        return unpickled(path, trust_pickle), {}, {}
+        try:
+            return {name: tensor.numpy() for name, tensor in flow.load(str(path)).items()}, {}, {}
+        except Exception as error:  # whatever unpickling brings up
+            raise InputError(f"{path}: not a state dict of flow.save ({error!r})") from None
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; train one first, with bash train.sh")
     if path.suffix in (".pth", ".pt", ".ckpt"):
         raise InputError(f"{path}: is PyTorch's, convert it with torch: {CONVERT}")
-    if path.suffix in (".h5", ".hdf5", ".keras"):
-        raise InputError(
-            f"{path}: is Keras's, whose nets have other layers; only weights of PyTorch's can be converted"
-        )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -78,19 +81,6 @@ def read(path, trust_pickle=False):
             metadata[key] = json.loads(text)
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
     return tensors, optimizer, metadata
-
-
-def unpickled(path, trusted):
-    """The state dict that `flow.save` wrote into a folder, as {name: array}. Raises InputError."""
-    if not trusted:
-        raise InputError(
-            f"{path}: a folder of flow.save runs code when it is loaded; "
-            "if you trust where it comes from, predict with it and --trust_pickle"
-        )
-    try:
-        return {name: tensor.numpy() for name, tensor in flow.load(str(path)).items()}
-    except Exception as error:  # whatever unpickling brings up
-        raise InputError(f"{path}: not a state dict of flow.save ({error!r})") from None
 
 
 # ------------------------------------------------------------------------------------ the net
@@ -164,10 +154,8 @@ def fill(path, net, tensors):
     odd = set(own) ^ set(tensors) or {n for n in own if not alike(own[n], tensors[n])}
     odd = odd or {n for n in own if n.endswith("running_var") and tensors[n].min() < 0}
     if odd:
-        raise InputError(
-            f"{path}: doesn't hold this U-Net: {len(odd)} tensors missing, unknown, of another "
-            f"shape or type, or not finite, among them {min(odd)}"
-        )
+        what = "tensors missing, unknown, of another shape or type, or not finite, among them"
+        raise InputError(f"{path}: doesn't hold this U-Net: {len(odd)} {what} {min(odd)}")
     # tensor(), not from_numpy(): the array's memory is not ours to keep
     net.load_state_dict({n: flow.tensor(tensors[n], dtype=own[n].dtype) for n in own})
 
