@@ -161,10 +161,9 @@ class SelfDataSet:
         hidden = None if os.environ.get("RANK", "0") in ("", "0") else True
         bar = tqdm(total=len(pairs), desc="checking slices", leave=False, delay=2, disable=hidden)
         with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool, bar:
-            for start in range(0, len(pairs), 64):  # not all at once, for an end by Ctrl-C
-                for one in pool.map(result, pairs[start : start + 64]):
-                    bar.update()
-                    yield one
+            for one in pool.map(result, pairs):
+                bar.update()
+                yield one
 
     def check(self, slice_file, label_file, label_path):
         """Read a pair, each (name, file, page) -> (shape, SHA-256 of its pixels, look() of it). Raises InputError."""

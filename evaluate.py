@@ -5,13 +5,9 @@
 
 A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its NAME_prob.png count), a
 folder of images, or a stack; integers from 0 to the type's largest value, masks of 0 and 255 or 0 and 1, or floats from
-0 to 1. The files of two folders are paired by name, the pages of a stack with the labels by order. Slices without a
-label are left out.
-
-V_Rand and V_Info say how well cells are told apart (see common/scores.py); pixel error is 1 - F1 of the interior,
-misclassification the share of wrong pixels. The floors are what a prediction scores that calls everything interior, and
-the blurred slices themselves. The slices are searched beside the labels, under the label folder's name with `image` for
-`label`.
+0 to 1. Two folders pair by name, else order pairs. Slices without a label are left out. The floors are what a
+prediction scores that calls everything interior, and the blurred slices, searched beside the labels under their
+folder's name with `image` for `label`. common/scores.py says what the scores are.
 """
 
 import json
@@ -56,9 +52,7 @@ def find_scale(path, files):
             print(f"{path}: taken for masks of 0 and {max(masks)}")
         return max(masks)
     if highest < full / 16:  # nowhere interior
-        raise InputError(
-            f"{path}: holds no value above {highest}: neither 0 to {full} nor masks of 0 and 255 or 0 and 1"
-        )
+        raise InputError(f"{path}: holds no value above {highest}: neither 0 to {full} nor masks of 0 and 255 or 1")
     return full
 
 
@@ -98,9 +92,7 @@ def find_files(args):
     """What to score -> (files, labels, the two values of labels: membrane, interior).
 
     files: {"prediction": [(file, page, scale)], and, if there are slices, "blurred_slices": [(file, page)]}. labels:
-    [(file, page)].
-
-    All are read once, before minutes of work. Raises InputError.
+    [(file, page)]. All are read once, before minutes of work. Raises InputError.
     """
     labels, predicted = list_slices(args.label), pair(args.prediction, args.label, "_prob")
     without = {name for name, *_ in labels} - {label[0] for _, label in predicted if label}

@@ -59,14 +59,13 @@ def draw(figure, epochs, train, val):
     """Draw the losses into a matplotlib Figure; the best epoch is marked."""
     axes = figure.subplots()
     axes.plot(epochs, train, ".-", label="training")
-    judged, name = zip(train, epochs, strict=True), "training"
+    judged, name = [pair for pair in zip(train, epochs, strict=True) if pair[0] == pair[0]], "training"
     # Not each epoch is validated: a line through those that are. NaN isn't equal to itself.
     validated = [pair for pair in zip(val, epochs, strict=True) if pair[0] == pair[0]]
     if validated:
-        losses, when = zip(*validated, strict=True)
-        axes.plot(when, losses, ".-", label="validation")
+        axes.plot([epoch for _, epoch in validated], [loss for loss, _ in validated], ".-", label="validation")
         judged, name = validated, "validation"
-    loss, best = min(pair for pair in judged if pair[0] == pair[0])
+    loss, best = min(judged)
     axes.plot(best, loss, "*", color="black", markersize=12, label=f"lowest {name} loss: {loss:.4f}, epoch {best}")
     axes.set(xlabel="epoch", ylabel="loss (binary cross-entropy)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)

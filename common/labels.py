@@ -58,7 +58,7 @@ def read_grey(file, page=0):
     try:
         label = decode(file, page, cv2.IMREAD_UNCHANGED)
     except InputError as error:
-        raise InputError(f"{error}; a label of another type: {CONVERT}") from None
+        raise InputError(f"{error} (a label of another type: {CONVERT})") from None
     with open(file, "rb") as start:
         head = start.read(32)
     palette = head[25:26] == b"\3" and head[:4] == b"\x89PNG"

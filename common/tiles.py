@@ -25,10 +25,9 @@ def predict(nets, image, device="cpu", *, tile=None, tta=False, mirror=0):
     """Raw slice (H, W) of any depth, 16 pixels a side or more -> P(interior) (H, W), float32 in [0, 1].
 
     nets: a net in eval mode on the device, or several, whose probabilities are averaged. tile: sides over so many
-    pixels are cut, 0: none, None: what costs least in bounded memory. The seams don't show: a tile's margin holds all
-    that its middle depends on (with bilinear upsampling it also depends a little on the tile's size). tta: average over
-    the 8 symmetries of the square (test-time augmentation). mirror: continue the slice by so many mirrored pixels on
-    each side, a multiple of 16, as in the paper: near its edges a net has seen too little of a cell to be sure.
+    pixels are cut, 0: none, None: what costs least in bounded memory. No seams: a tile's margin holds all that its
+    middle depends on (a bilinear net's depends a little on the tile's size, too). tta: average over the 8 symmetries of
+    the square. mirror: continue the slice by so many mirrored pixels on each side, a multiple of 16, as in the paper.
     Padding at the slice's edges, see find_border, gets 0. Raises InputError where the weights lead to no number.
     """
     nets = nets if isinstance(nets, list | tuple) else [nets]

@@ -16,11 +16,8 @@ The first four write 8-bit PNG files next to this script, or into --out DIR:
     test_label/0.png ...    only with the sample: for scoring, never for training
     source.txt              which of the two data sets this is
 
-Folders that this script made are replaced as a whole or not at all. Your own folders (no source.txt beside them) are
-never touched.
-
-ISBI 2012: Cardona et al. 2010, doi 10.1371/journal.pbio.1000502, and Arganda-Carreras et al. 2015, doi
-10.3389/fnana.2015.00142.
+Folders that this script made are replaced as a whole or not at all; your own (no source.txt beside them) are never
+touched. ISBI 2012: doi 10.1371/journal.pbio.1000502 and doi 10.3389/fnana.2015.00142.
 """
 
 import hashlib

@@ -132,10 +132,9 @@ def make_tissue(rng, count):
 def make_stack(seed, count):
     """Return synthetic serial sections and their labels, each uint8 (count, 256, 256).
 
-    The tissue is modelled in planes half a section apart, and a section shows the mean of three of them: a membrane
-    that runs at a slant through the section comes out wide and faint, as it does under the microscope. Mitochondria and
-    vesicles look like membrane to a threshold and are interior in the label. The numbers were chosen so that grey
-    levels, cell sizes and the share of membrane come out like those of ISBI 2012.
+    A section shows the mean of three planes: a membrane that runs at a slant through it comes out wide and faint, as
+    under the microscope. Mitochondria and vesicles look like membrane to a threshold and are interior in the label. The
+    numbers were chosen so that grey levels, cell sizes and the share of membrane are like those of ISBI 2012.
     """
     rng = np.random.default_rng(seed)
     tissue = make_tissue(rng, count)
