@@ -1,59 +1,50 @@
 """Train a U-Net data parallel, one process a device: GPUs where there are some, else the CPU.
 
     python3 -m oneflow.distributed.launch --nproc_per_node 8 ./ddp_train.py
-    python3 -m oneflow.distributed.launch --nproc_per_node 2 ./ddp_train.py --device cpu --crop 256
 
-Every process takes its share of the slices; the gradients are averaged at each step, so that all
-keep the same weights. `diff TrainUnetDataSet.py ddp_train.py` shows all that this takes.
-
-Ctrl-C ends the launcher with 1 and the processes with it, often before they can say what is kept:
-checkpoints/last.safetensors holds the last finished epoch, --resume goes on from it.
+Each process takes its share of the slices; the gradients are averaged, so that all keep the same weights.
 """
 
-import engine
+import common.ranks  # noqa: F401  the processes find each other
+from common import arguments, begin, start
+from common.epoch import Run
 from cpu_kernels import accelerate
+from dataloader import AUGMENTATIONS, SelfDataSet
 from unet import UNet
 
 from oneflow import nn, optim
-from oneflow.nn.parallel import DistributedDataParallel as ddp
-from oneflow.utils.data import DataLoader
-from oneflow.utils.data.distributed import DistributedSampler
+from oneflow.utils.data import DataLoader, distributed
 
 
-def Train_Unet(args):
-    train_set, val_set = engine.data_sets(args)
-    device = engine.start(args)
-
-    net = UNet(1, 1, args.bilinear, args.base_channels, args.dropout).to(device)
-    if args.cpu_kernels == "auto":
-        accelerate(net)  # on a CPU; does nothing on a GPU
-    net = ddp(net)
+def Train_Unet(net, device, args):
+    train_set, val_set = begin.data_sets(SelfDataSet, args)
+    sampler = distributed.DistributedSampler(train_set, seed=args.seed)
+    loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=args.num_workers)
     optimizer = optim.Adam(net.parameters(), lr=args.lr)
     criterion = nn.BCEWithLogitsLoss(reduction="none")  # on logits: the net has no sigmoid
-    first_epoch, best = engine.resume(args, net, optimizer)
-    engine.start_log(args, first_epoch)
+    run = Run(net, optimizer, device, args, train_set, val_set)  # goes on from --resume
+    schedule = run.schedule(len(loader))
 
-    sampler = DistributedSampler(train_set, seed=args.seed)
-    workers = args.num_workers
-    loader = DataLoader(train_set, args.batch_size, sampler=sampler, num_workers=workers)
-    schedule = engine.learning_rate_schedule(args, optimizer, len(loader), first_epoch)
-
-    def step(image, label, weight):
-        losses = (criterion(net(image), label) * weight).mean((1, 2, 3))  # of each slice
-        losses.mean().backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        return losses
-
-    for epoch in range(first_epoch, args.epochs + 1):
+    for epoch in range(run.first_epoch, args.epochs + 1):
         sampler.set_epoch(epoch)
-        engine.seed_epoch(args.seed, epoch)
-        train_set.epoch = epoch
-        trained = engine.train_one_epoch(net, loader, step, device, epoch)
-        scores = engine.validate(args, net, val_set, criterion, device, epoch)
-        best = engine.finish_epoch(args, net, optimizer, epoch, best, trained, scores)
+        for image, label, weight in run.batches(loader, epoch):
+            losses = (criterion(net(image), label) * weight).mean((1, 2, 3))  # of each slice
+            losses.mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            run.count(losses)
+        run.finish(run.validate(criterion))
+
+
+def main(args):
+    device = begin.pick_device(args)
+    begin.seed_everything(args.seed)
+    net = UNet(1, 1, args.bilinear, args.base_channels or arguments.WIDTH[device], args.dropout).to(device)
+    if args.cpu_kernels == "auto":
+        accelerate(net)  # on a CPU; does nothing on a GPU
+    Train_Unet(nn.parallel.DistributedDataParallel(net), device, args)
 
 
 if __name__ == "__main__":
-    engine.run(lambda: Train_Unet(engine.parse_args(__doc__)))
+    start.run(lambda: main(arguments.parse_args(__doc__, AUGMENTATIONS)))

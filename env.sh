@@ -2,11 +2,11 @@
 #
 #     source env.sh
 #
-# The first time it finds (or installs) CPython 3.10, the newest that oneflow 0.9.0 supports, makes
-# .venv beside this file and installs requirements.txt into it, about 5 GB. A complete environment
-# carries .venv/ready, which names the requirements that it holds; without that, or after a change
-# of requirements.txt, it is made anew. Everything is in functions, so that a shell that sources
-# this file keeps its options and goes on when something fails.
+# The first time it finds (or installs) CPython 3.10, the newest that oneflow 0.9.0 supports, makes .venv beside this
+# file and installs requirements.txt into it, about 5 GB. An environment of ours carries .venv/made_by_env.sh, a complete
+# one .venv/ready, which names the requirements that it holds; without that, or after a change of requirements.txt, it
+# is made anew. Everything is in functions, so that a shell that sources this file keeps its options and goes on when
+# something fails.
 
 [ -n "${BASH_VERSION-}" ] || { echo "env.sh: source it from bash" >&2 && return 1; }
 
@@ -18,7 +18,7 @@ unet_find_python() {
     local candidate
     {
         type -aP python3.10 python3 python
-        ls -d "$(pyenv root 2>/dev/null || echo "${PYENV_ROOT:-$HOME/.pyenv}")"/versions/3.10.*/bin/python3.10
+        ls -d "$(pyenv root 2>/dev/null || echo "${PYENV_ROOT:-${HOME-}/.pyenv}")"/versions/3.10.*/bin/python3.10
         command -v uv >/dev/null && uv python find --system --no-python-downloads 3.10
     } 2>/dev/null | while read -r candidate; do
         if "$candidate" -c '
@@ -69,6 +69,10 @@ PYTHON
 
 unet_make() {
     local python error
+    if [ -e .venv ] && [ ! -e .venv/made_by_env.sh ] && [ ! -e .venv/ready ]; then
+        unet_say "$PWD/.venv was not made by this file: move it away, then run this again"
+        return 1
+    fi
     if [ "$(uname -sm)" != "Linux x86_64" ]; then
         unet_say "oneflow 0.9.0 exists for Linux on x86-64 only, this is $(uname -sm)"
         return 1
@@ -85,6 +89,7 @@ unet_make() {
     [ ! -e .venv ] || unet_say "$PWD/.venv is incomplete or out of date, making it anew"
     unet_say "making .venv with $python ($("$python" --version)), a few minutes and 5 GB"
     rm -rf .venv
+    mkdir .venv && : >.venv/made_by_env.sh
     if ! "$python" -m venv .venv || ! .venv/bin/python -m pip install \
         --disable-pip-version-check --no-deps --require-hashes -r requirements.txt >&2; then
         unet_say "making .venv failed, see above (network? disk space?), then run this again"

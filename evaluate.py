@@ -3,25 +3,25 @@
     python3 evaluate.py --prediction predict_image --label data/test_label
     python3 evaluate.py --prediction submission.tif --label labels.tif --json scores.json
 
-A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its
-NAME_prob.png count), a folder of images, or a stack; integers from 0 to the type's largest value or
-floats from 0 to 1. The files of two folders are paired by name, the pages of a stack with the
-labels by order.
-
-V_Rand and V_Info say how well cells are told apart (see scores.py); pixel error is 1 - F1 of the
-interior, misclassification the share of wrong pixels. The floors are what a prediction scores that
-calls everything interior, and the blurred slices themselves. The slices are searched beside the
-labels, under the label folder's name with `image` for `label`.
+A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its NAME_prob.png count), a
+folder of images, or a stack; integers from 0 to the type's largest value, masks of 0 and 255 or 0 and 1, or floats from
+0 to 1. Two folders pair by name, else order pairs. Slices without a label are left out. The floors are what a
+prediction scores that calls everything interior, and the blurred slices, searched beside the labels under their
+folder's name with `image` for `label`. common/scores.py says what the scores are.
 """
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import engine
-from dataloader import InputError, list_slices, read_label, read_slice
-from scores import SCORES, THRESHOLDS, best, evaluate
+from common import start
+from common.arguments import InputError, Parser, given_path
+from common.files import check_output, write_whole
+from common.images import list_slices, read_slice
+from common.labels import beside, judge, look, pair, read_grey, read_label
+from common.scores import SCORES, THRESHOLDS, best, combine, count
 
 import cv2
 import numpy as np
@@ -30,122 +30,153 @@ from tqdm import tqdm
 BLUR = 2  # pixels, the standard deviation
 
 
-def pair(path, label_path, suffix=""):
-    """The file of a prediction, or of the slices, for each label -> [(file, page), ...].
+def find_scale(path, files):
+    """The value that stands for P(interior) = 1 in a prediction's files.
 
-    Names may end in `suffix`; those that don't are then left out. Raises InputError where a name is
-    on one side only, or two stacks differ in length.
+    1 for floats, 1 or 255 for masks, else the largest value of their type. Raises InputError for other values.
     """
-    slices, labels = list_slices(path), list_slices(label_path)
-    if any(name.endswith(suffix) for name, _, _ in slices):
-        slices = [s for s in slices if s[0].endswith(suffix)]
-        slices = [(name.removesuffix(suffix), file, page) for name, file, page in slices]
-    if Path(path).is_dir() and Path(label_path).is_dir():
-        found, wanted = {s[0] for s in slices}, {s[0] for s in labels}
-        if found != wanted:
-            name = min(found ^ wanted)
-            where, other = (path, label_path) if name in found else (label_path, path)
-            raise InputError(f"{where}: has {name}, but {other} does not")
-        file_of = {name: (file, page) for name, file, page in slices}
-        return [file_of[name] for name, _, _ in labels]
-    if len(slices) != len(labels):
-        raise InputError(f"{path}: {len(slices)} slices, but {label_path} has {len(labels)} labels")
-    return [(file, page) for _, file, page in slices]
+    highest, masks = 0, {1, 255}
+    for file, page in files:
+        image = read_slice(file, page)
+        low, high, full = image.min(), image.max(), 1
+        if np.issubdtype(image.dtype, np.unsignedinteger):
+            full = np.iinfo(image.dtype).max
+            masks = {value for value in masks if np.isin(image, (0, value)).all()}
+        elif low < -1e-6 or high > 1 + 1e-6:  # an average of ones may be rounded up
+            raise InputError(f"{file}: holds {low:g} to {high:g}, not probabilities from 0 to 1")
+        highest = max(highest, high)
+    if full == 1 or highest == 0:
+        return 1
+    if masks:
+        if masks != {full}:
+            print(f"{path}: taken for masks of 0 and {max(masks)}")
+        return max(masks)
+    if highest < full / 16:  # nowhere interior
+        raise InputError(f"{path}: holds no value above {highest}: neither 0 to {full} nor masks of 0 and 255 or 1")
+    return full
 
 
-def read_probability(file, page):
-    """P(interior) of a slice, (H, W), float32. Raises InputError for values outside [0, 1].
-
-    Unsigned integers are shares of their largest value.
-    """
-    image = read_slice(file, page)
-    if np.issubdtype(image.dtype, np.unsignedinteger):
-        return image.astype(np.float32) / np.iinfo(image.dtype).max
-    if image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
-        raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities")
-    return image
+def read_probability(file, page, scale):
+    """P(interior) of a slice, (H, W), float32; scale: the value that stands for 1."""
+    return read_slice(file, page).astype(np.float32) / np.float32(scale)
 
 
 def read_blurred(file, page):
     """The brightness of a slice, blurred, from 0 to 1: what a prediction has to be better than."""
     image = cv2.GaussianBlur(read_slice(file, page).astype(np.float32), (0, 0), BLUR)
     low, high = np.percentile(image, (0.5, 99.5))
-    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return np.clip((image - low) / max(high - low, 1e-30), 0, 1)
 
 
-def check_shapes(read, files, label_files):
-    """Raises InputError for an image that can't be read or isn't as large as its label."""
-    for (file, page), label_file in zip(files, label_files, strict=True):
-        shape, label_shape = read(file, page).shape, read_label(*label_file).shape
-        if shape != label_shape:
-            raise InputError(f"{file}: {shape}, but its label has {label_shape} pixels")
+def check(reader, files, label_files):
+    """look() at each label with its image. Raises InputError for an image that isn't as large as its label."""
+    looks = []
+    for file, label_file in zip(files, label_files, strict=True):
+        image, label = reader(*file), read_grey(*label_file)
+        if image.shape != label.shape:
+            raise InputError(f"{file[0]}: {image.shape}, but its label has {label.shape} pixels")
+        looks.append(look(label, image))
+    return looks
+
+
+def score(job):
+    """count() of one slice; job: (what, its file, the label's file, the label's values), files as (file, page, …)."""
+    what, file, label_file, values = job
+    interior = read_label(*label_file, values) > 0
+    if what == "all_interior":
+        return count(np.ones(interior.shape, bool), interior)
+    return count((read_blurred if what == "blurred_slices" else read_probability)(*file), interior)
+
+
+def find_files(args):
+    """What to score -> (files, labels, the two values of labels: membrane, interior).
+
+    files: {"prediction": [(file, page, scale)], and, if there are slices, "blurred_slices": [(file, page)]}. labels:
+    [(file, page)]. All are read once, before minutes of work. Raises InputError.
+    """
+    labels, predicted = list_slices(args.label), pair(args.prediction, args.label, "_prob")
+    without = {name for name, *_ in labels} - {label[0] for _, label in predicted if label}
+    if without:
+        raise InputError(f"{args.label}: has {min(without)}, but {args.prediction} does not")
+    found = [(one[1:], label[1:]) for one, label in predicted if label]
+    if len(found) < len(predicted):
+        print(f"{len(predicted) - len(found)} of {len(predicted)} slices have no label: scoring the other {len(found)}")
+    label_files, scale = [label for _, label in found], find_scale(args.prediction, [one for one, _ in found])
+    files, where = {"prediction": [(*one, scale) for one, _ in found]}, "prediction"
+    looks = check(read_probability, files["prediction"], label_files)
+    given = args.image or beside(Path(args.label).resolve(), "label", "image")
+    # What lies beside the labels may be other slices: nobody said that they belong here.
+    with suppress(*() if args.image else (InputError,)):
+        if given:
+            slice_of = {label[1:]: one[1:] for one, label in pair(given, args.label) if label}
+            missing = [file for file in label_files if file not in slice_of]
+            if missing:
+                raise InputError(f"{given}: has no slice for {missing[0][0]}")
+            blurred = [slice_of[file] for file in label_files]
+            looks, where = check(read_slice, blurred, label_files), "slices"
+            files["blurred_slices"] = blurred
+    return files, label_files, judge(args.label, looks, where)
+
+
+def table(results, slices):
+    """The lines to print of {"prediction": scores, and the floors}."""
+    floors, middle = [name for name in results if name != "prediction"], list(THRESHOLDS).index(0.5)
+    titles = "".join(f"{name.replace('_', ' '):>16}" for name in floors)
+    yield f"{f'{slices} slices':20}    best    P>  at 0.5{titles}"
+    for name, (title, _) in SCORES.items():
+        value, threshold = best(results["prediction"], name)
+        line = f"{title:20}{value:8.4f}{threshold:6.1f}{results['prediction'][name][middle]:8.4f}"
+        yield line + "".join(f"{best(results[floor], name)[0]:16.4f}" for floor in floors)
+
+
+def as_json(results):
+    """What --json writes: all scores at all thresholds, the best ones, the floors."""
+    written = {}
+    for what, found in results.items():
+        bests = {name: best(found, name) for name in SCORES}
+        written[what] = {name: values.tolist() for name, values in found.items()}
+        written[what]["best"] = {name: value for name, (value, _) in bests.items()}
+        written[what]["best_threshold"] = {name: threshold for name, (_, threshold) in bests.items()}
+    return {"thresholds": THRESHOLDS.tolist(), **written.pop("prediction"), "floors": written}
 
 
 def parse_args():
-    parser = engine.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    path = engine.given_path
-    add("--prediction", type=path, required=True, help="folder or stack of P(interior)")
-    add("--label", type=path, required=True, help="folder or stack of labels, white = interior")
-    add("--image", type=path, help="slices, for the floor (default: those beside the labels)")
-    add("--json", type=path, metavar="FILE", help="write all scores at all thresholds")
+    add("--prediction", type=given_path, required=True, help="folder or stack of P(interior)")
+    add("--label", type=given_path, required=True, help="folder or stack of labels, white = interior")
+    add("--image", type=given_path, help="slices, for the floor (default: those beside the labels)")
+    add("--json", type=given_path, metavar="FILE", help="write all scores at all thresholds")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    label_files = [(file, page) for _, file, page in list_slices(args.label)]
-    files = {"prediction": pair(args.prediction, args.label, "_prob")}
-    label_path = Path(args.label).resolve()
-    beside = label_path.with_name("image".join(label_path.name.rsplit("label", 1)))
-    if args.image:
-        files["blurred_slices"] = pair(args.image, args.label)
-    elif beside != label_path and beside.exists():
-        with suppress(InputError):  # they may be other slices: nobody said that they belong here
-            found = pair(beside, args.label)
-            check_shapes(read_slice, found, label_files)
-            files["blurred_slices"] = found
-    readers = {"prediction": read_probability, "blurred_slices": read_blurred}
-    for name, of_name in files.items():  # all of them, before minutes of work
-        check_shapes(readers[name], of_name, label_files)
+    files, label_files, values = find_files(args)
     if args.json:
-        engine.check_output(args.json)
-        images = {os.path.realpath(file) for file, _ in sum(files.values(), label_files)}
+        check_output(args.json)
+        images = {os.path.realpath(file) for file, *_ in sum(files.values(), label_files)}
         if os.path.realpath(args.json) in images:
             raise InputError(f"--json {args.json}: is one of the images, choose another name")
-    engine.kept = "nothing was written"
+    start.keep("nothing was written")
 
-    results = {}
-    for name in ("prediction", "all_interior", "blurred_slices"):
-        if name in files:
-            proposal = (readers[name](*file) for file in files[name])
-        elif name == "all_interior":
-            proposal = (np.ones(read_label(*file).shape, bool) for file in label_files)
-        else:
-            continue
-        bar = tqdm(proposal, name.replace("_", " "), len(label_files), leave=False, disable=None)
-        results[name] = evaluate(bar, (read_label(*file) > 0 for file in label_files))
-    print(f"{f'{len(label_files)} slices':20}    best    P>  at 0.5", end="")
-    floors = [name for name in results if name != "prediction"]
-    print("".join(f"{name.replace('_', ' '):>16}" for name in floors))
-    middle = list(THRESHOLDS).index(0.5)
-    for score, (title, _) in SCORES.items():
-        value, threshold = best(results["prediction"], score)
-        line = f"{title:20}{value:8.4f}{threshold:6.1f}{results['prediction'][score][middle]:8.4f}"
-        print(line + "".join(f"{best(results[name], score)[0]:16.4f}" for name in floors))
+    kinds = ["prediction", "all_interior", "blurred_slices"][: 1 + len(files)]
+    jobs = [
+        (what, file, label_file, values)
+        for what in kinds
+        for file, label_file in zip(files.get(what, label_files), label_files, strict=True)
+    ]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        counts = list(tqdm(pool.map(score, jobs), "scoring", len(jobs), leave=False, disable=None))
+    slices = len(label_files)
+    results = {what: combine(counts[i * slices : (i + 1) * slices]) for i, what in enumerate(kinds)}
+    print("\n".join(table(results, slices)))
     if "blurred_slices" not in files:
         print("no floor of blurred slices: --image says where the slices are")
     if args.json:
-        written = {
-            name: {score: values.tolist() for score, values in found.items()}
-            | {"best": {score: best(found, score)[0] for score in SCORES}}
-            | {"best_threshold": {score: best(found, score)[1] for score in SCORES}}
-            for name, found in results.items()
-        }
-        answer = {"thresholds": THRESHOLDS.tolist(), **written.pop("prediction"), "floors": written}
-        with engine.write_whole(args.json) as file:
-            file.write(json.dumps(answer, indent=1).encode())
+        with write_whole(args.json) as file:
+            file.write(json.dumps(as_json(results), indent=1).encode())
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    start.run(main)

@@ -1,17 +1,10 @@
 """Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
 
 import dataloader
+from common.arguments import InputError
+from common.images import list_slices, normalise, read_slice
 from conftest import write_pairs
-from dataloader import (
-    AUGMENTATIONS,
-    InputError,
-    SelfDataSet,
-    augment,
-    border_weights,
-    list_slices,
-    normalise,
-    read_slice,
-)
+from dataloader import AUGMENTATIONS, SelfDataSet, augment, border_weights
 
 import cv2
 import numpy as np
@@ -54,13 +47,11 @@ def test_every_problem_is_listed(slices, tmp_path):
     cv2.imwrite(str(labels / "2.png"), np.eye(40, 64) * 255)
     cv2.imwrite(str(labels / "3.png"), np.eye(48, 64) * 255 + np.eye(48, 64, 3) * 100)
     (slices / "4.png").write_bytes(b"not an image")
-    cv2.imwrite(str(labels / "5.png"), np.full((48, 64), 255))
+    cv2.imwrite(str(labels / "5.png"), cv2.merge([np.eye(48, 64, dtype=np.uint8) * k for k in (80, 90, 99)]))
     with pytest.raises(InputError) as caught:
         SelfDataSet(slices)
-    problems = sorted(
-        str(caught.value).split("; "), key=lambda problem: problem.partition(".png")[0][-1]
-    )
-    said = ("no label", "can't be read", "(40, 64)", "3 grey values", "can't be read", "1 grey")
+    problems = sorted(str(caught.value).split("; "), key=lambda problem: problem.partition(".png")[0][-1])
+    said = ("no label", "can't be read", "(40, 64)", "3 grey values", "can't be read", "has colours")
     for i, (problem, phrase) in enumerate(zip(problems, said, strict=True)):
         assert f"/{i}.png: " in problem and phrase in problem
 

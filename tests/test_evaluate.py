@@ -2,12 +2,16 @@
 
 import json
 
-from conftest import ROOT, one_line, script
-from scores import SCORES, best, evaluate, partition_scores, thin
+from common.arguments import InputError
+from common.labels import judge, look, read_label
+from common.scores import SCORES, THRESHOLDS, best, combine, count, evaluate, partition_scores, thin
+from conftest import ROOT, one_line, python, script, write_pairs
+from inside import run_inside
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 
 ORACLE = ROOT / "tests/metrics_oracle"  # what the challenge's own software says of three slices
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())
@@ -117,7 +121,8 @@ def test_the_script_prints_a_table_and_writes_json(oracle, tmp_path):
     answers = []
     for prediction in ("found", stack):
         flags = ("--prediction", prediction, "--label", "test_label", "--json", "a/scores.json")
-        done = script("evaluate.py", *flags, cwd=tmp_path)
+        run = script if prediction == "found" else run_inside
+        done = run("evaluate.py", *flags, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         answers.append((done.stdout, json.loads((tmp_path / "a/scores.json").read_text())))
     assert answers[0] == answers[1]
@@ -129,7 +134,7 @@ def test_the_script_prints_a_table_and_writes_json(oracle, tmp_path):
             assert f"{scores['floors'][floor]['best'][name]:.4f}" in line
     assert scores["best"]["v_rand"] == pytest.approx(EXPECTED["best"]["v_rand"], abs=2e-3)
     assert scores["floors"]["all_interior"]["best"]["v_rand"] < scores["best"]["v_rand"]
-    done = script("evaluate.py", "--prediction", stack, "--label", stack, cwd=tmp_path)
+    done = run_inside("evaluate.py", "--prediction", stack, "--label", stack, cwd=tmp_path)
     assert done.returncode == 2  # probabilities are no labels
 
 
@@ -143,7 +148,7 @@ def test_folders_are_paired_by_name(tmp_path):
         cv2.imwrite(str(tmp_path / f"label/{name}.png"), label)
         cv2.imwrite(str(tmp_path / f"found/{name}_prob.png"), label)
     cv2.imwrite(str(tmp_path / "image/other.png"), label)  # not these slices: no floor then
-    done = script("evaluate.py", "--prediction", "found", "--label", "label", cwd=tmp_path)
+    done = run_inside("evaluate.py", "--prediction", "found", "--label", "label", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for title in ("V_Rand", "V_Info", "membrane Dice"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(title))
@@ -173,7 +178,7 @@ def test_bad_input_is_one_line(oracle, tmp_path):
     }
     for (prediction, label), said in cases.items():
         flags = ("--prediction", prediction, "--label", label, "--json", "out/s.json")
-        done = script("evaluate.py", *flags, cwd=tmp_path)
+        done = (script if prediction == "nowhere" else run_inside)("evaluate.py", *flags, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert said in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
@@ -181,7 +186,103 @@ def test_bad_input_is_one_line(oracle, tmp_path):
     before = [file.read_bytes() for file in inputs]
     for file in inputs:  # the scores would take the place of a slice
         flags = ("--prediction", "grey", "--label", "test_label", "--json", file)
-        done = script("evaluate.py", *flags, cwd=tmp_path)
+        done = run_inside("evaluate.py", *flags, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert "--json" in done.stderr and "is one of the images" in done.stderr
     assert [file.read_bytes() for file in inputs] == before
+
+
+def test_the_best_threshold_is_the_middle_one():
+    """Of thresholds that are equally good, the middle one: an untrained net gets 0.5."""
+    scores = {"v_rand": np.array([0.1, 0.7, 0.7, 0.7 - 1e-15, 0.2]), "pixel_error": np.array([0.5, 0.2, 0.3, 0.2, 0.2])}
+    thresholds = np.arange(5) / 10
+    assert best(scores, "v_rand", thresholds) == (pytest.approx(0.7), pytest.approx(0.2))
+    assert best(scores, "pixel_error", thresholds) == (0.2, pytest.approx(0.3))
+    same = evaluate([np.full((20, 20), 2.0)], [np.eye(20) > 0])
+    assert best(same, "v_rand") == (pytest.approx(same["v_rand"][0]), 0.5)
+
+
+def test_slices_can_be_counted_apart(oracle):
+    """combine() of count() of each is evaluate(); a mask is counted once, not once a threshold."""
+    counts = [count(*pair) for pair in zip(*oracle, strict=True)]
+    for name, values in evaluate(*oracle).items():
+        np.testing.assert_array_equal(values, combine(counts)[name])
+    mask = count((oracle[0][0] > 0.5).astype(np.float32), oracle[1][0])
+    np.testing.assert_array_equal(mask[:10], np.tile(mask[0], (10, 1)))
+    assert len(mask) == len(THRESHOLDS)
+
+
+def test_it_needs_no_oneflow(tmp_path):
+    """evaluate.py, plot.py and the modules behind them start without OneFlow, and where it is missing."""
+    program = """
+import sys
+sys.modules["oneflow"] = None  # importing it fails
+import evaluate, plot, data.prepare, common.images, common.labels, common.pictures, common.scores, dataloader
+"""
+    done = python(program, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_predictions_of_other_programs(tmp_path):
+    """One mask in five codings has one score; values that can't be read so, or that only look so, are refused."""
+    slices = write_pairs(tmp_path, 3)
+    (tmp_path / "train_image").rename(tmp_path / "elsewhere")
+    labels = [read_label(tmp_path / f"train_label/{i}.png") > 0 for i in range(3)]
+    masks = [np.roll(label, 2, 0) for label in labels]
+    codings = {
+        "m255": lambda m: m * np.uint8(255),
+        "m01": lambda m: m.astype(np.uint8),
+        "m16": lambda m: m.astype(np.uint16) * 255,
+        "full16": lambda m: m.astype(np.uint16) * 65535,
+        "float": lambda m: m.astype(np.float32),
+        "m12": lambda m: m.astype(np.uint8) + 1,
+        "m13": lambda m: m.astype(np.uint8) * 3,
+        "grey16": lambda m: m.astype(np.uint16) * 200 + 10,
+        "bool": None,
+    }
+    tables = {}
+    for name, code in codings.items():
+        (tmp_path / name).mkdir()
+        for i, mask in enumerate(masks):
+            if code is None:
+                tifffile.imwrite(tmp_path / name / f"{i}.tif", mask)
+            else:
+                cv2.imwrite(str(tmp_path / name / f"{i}.tif"), code(mask))
+        done = run_inside("evaluate.py", "--prediction", name, "--label", "train_label", cwd=tmp_path)
+        tables[name] = done.stdout.partition("3 slices")[2] if done.returncode == 0 else done.stderr
+        assert one_line(done.stderr) or done.returncode == 0
+        assert ("taken for masks of 0 and" in done.stdout) == (name in ("m01", "m16"))
+    assert tables["m255"] and len({tables[name] for name in ("m255", "m01", "m16", "full16", "float")}) == 1
+    for name in ("m12", "m13", "grey16"):
+        assert f"{name}: holds no value above" in tables[name]
+    assert "has 0 for white" in tables["bool"]
+    assert slices.name == "train_image"
+
+
+def test_only_labelled_slices_are_scored(oracle, tmp_path):
+    """Predictions of further slices are left out and counted; a label without a prediction is refused."""
+    write_oracle(tmp_path, oracle)
+    (tmp_path / "test_label/1.png").unlink()
+    done = run_inside("evaluate.py", "--prediction", "found", "--label", "test_label", cwd=tmp_path)
+    assert done.returncode == 0 and "1 of 3 slices have no label" in done.stdout and "2 slices " in done.stdout
+
+
+def test_white_membranes_are_noticed(tmp_path):
+    """Labels the other way round, told by the slices or by a good prediction: refused, with the cure."""
+    write_pairs(tmp_path, 3)
+    (tmp_path / "found").mkdir()
+    for i in range(3):
+        label = cv2.imread(str(tmp_path / f"train_label/{i}.png"), -1)
+        cv2.imwrite(str(tmp_path / f"found/{i}.png"), label)
+        cv2.imwrite(str(tmp_path / f"train_label/{i}.png"), 255 - label)
+    for flags in (("--image", "train_image"), ()):
+        done = run_inside("evaluate.py", "--prediction", "found", "--label", "train_label", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and "prepare.py labels train_label OUT --membrane white" in done.stderr
+        (tmp_path / "train_image").rename(tmp_path / "gone") if flags else None
+    # Each sign alone is none: little interior that is light, much that is dark.
+    light = np.zeros((40, 40), np.uint8)
+    light[:10] = 255
+    noise = np.random.default_rng(0).integers(0, 50, light.shape) + light / 2
+    assert judge("x", [look(light, noise)]) == judge("x", [look(255 - light, noise)]) == (0, 255)
+    with pytest.raises(InputError, match="--membrane white"):
+        judge("x", [look(light, 255 - noise)])

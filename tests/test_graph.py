@@ -3,14 +3,13 @@
 import shutil
 import subprocess
 
-from conftest import ROOT, SMALL, one_line, script
-from test_training import assert_same_checkpoint, metadata_of, rows_of, tensors_of
+from common.arguments import InputError
+from conftest import LAST, ROOT, assert_same_checkpoint, metadata_of, resume, rows_of, tensors_of, train
 
 import numpy as np
 import pytest
 
-EAGER, GRAPH = "TrainUnetDataSet.py", "graph_train.py"
-LAST = "checkpoints/last.safetensors"
+EAGER, GRAPH = "TrainUnetDataSet", "graph_train"
 # 5 slices, 3 times each, in batches of 4: the last one is short.
 FLAGS = ("--crop", 32, "--val_count", 1, "--repeat", 3)
 # A graph has these anyway.
@@ -19,10 +18,8 @@ LIKE_A_GRAPH = ("--cpu_kernels", "off", "--dropout", 0)
 
 def run(name, slices, folder, *flags):
     """Train in the folder, which is made, on OneFlow's own kernels; returns it."""
-    folder.mkdir(exist_ok=True)
     more = LIKE_A_GRAPH if name == EAGER else ()
-    done = script(name, *SMALL, *FLAGS, *more, "--data_path", slices, *flags, cwd=folder)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    train(*FLAGS, *more, "--data_path", slices, *flags, cwd=folder, name=name)
     return folder
 
 
@@ -42,7 +39,7 @@ def assert_close(one, other):
         names = [name for name in names if not name.endswith(("0.bias", "3.bias", "running_mean"))]
         x, y = (np.concatenate([tensors[n].ravel() for n in names]) for tensors in (a, b))
         assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(y), names[0]
-    steps = [metadata_of(folder / LAST)["optimizer_step"] for folder in (one, other)]
+    steps = [metadata_of(folder / LAST)["optimizer"]["state"]["step"] for folder in (one, other)]
     assert steps[0] == steps[1] == a["inc.double_conv.1.num_batches_tracked"]
 
 
@@ -73,9 +70,7 @@ def test_the_check_of_gpus_is_rehearsed(request):
     """benchmarks/gpu_check.sh without a GPU, --long only: each way trains but mixed precision."""
     if not request.config.getoption("--long"):
         pytest.skip("with --long only")
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[-4:]]
     assert [row[0] for row in rows] == [
@@ -90,8 +85,14 @@ def test_the_check_of_gpus_is_rehearsed(request):
 
 
 def test_mixed_precision_is_for_gpus(slices, tmp_path):
-    """--amp on a CPU: one line, exit 2; the eager scripts have no such flag."""
-    for name in (EAGER, GRAPH):
-        done = script(name, "--amp", "--device", "cpu", "--data_path", slices, cwd=tmp_path)
-        assert done.returncode == 2 and one_line(done.stderr) and "--amp" in done.stderr
-    assert not (tmp_path / "checkpoints").exists()
+    """--amp on with a graph on a CPU is refused in one line, before slices are read."""
+    with pytest.raises(InputError, match="--amp on: mixed precision needs a GPU"):
+        train("--amp", "on", "--data_path", "nowhere_image", cwd=tmp_path, name=GRAPH)
+
+
+def test_no_dropout_is_said(slices, tmp_path):
+    """A graph trains without dropout, which it says; a run that it began goes on without, by either script."""
+    done = train("--epochs", 1, "--crop", 32, cwd=tmp_path, name=GRAPH)
+    assert "no dropout" in done.stdout
+    assert metadata_of(tmp_path / LAST)["found"]["dropout"] == 0
+    assert "dropout" not in resume("--epochs", 2, cwd=tmp_path).stdout

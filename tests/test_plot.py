@@ -4,8 +4,10 @@ import os
 
 import plot
 from conftest import one_line, script
+from inside import run_inside
 
 import cv2
+import pytest
 
 CSV = """epoch,train_loss,val_loss,val_misclassification,lr,seconds,images_per_second
 1,0.700000,0.650000,0.2,0.001,1,1
@@ -14,9 +16,14 @@ CSV = """epoch,train_loss,val_loss,val_misclassification,lr,seconds,images_per_s
 """
 
 
+@pytest.fixture(autouse=True)
+def no_display(monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def run(*args, cwd):
-    hidden = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    return script("plot.py", *args, cwd=cwd, env=hidden)
+    return run_inside("plot.py", *args, cwd=cwd)
 
 
 def test_reads_log_and_csv(tmp_path):
@@ -49,8 +56,30 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "good.txt").write_text("0.5\n")
     cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv", "torn.csv")]
     for args in (*cases, ("good.txt", "--out", "no/such/folder.png")):
-        done = run(*args, cwd=tmp_path)
+        done = (script if args == cases[0] else run_inside)("plot.py", *args, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert args[-1] in done.stderr
     done = run(cwd=tmp_path)
     assert done.returncode == 2 and one_line(done.stderr)
+
+
+def test_a_notebooks_environment(tmp_path):
+    """A backend that isn't there, no home and no display, or one that can't be reached: the picture is drawn."""
+    (tmp_path / "log.txt").write_text("0.7\n0.6\n")
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    for i, variables in enumerate((notebook, {**notebook, "DISPLAY": ":97"})):
+        env = {k: v for k, v in os.environ.items() if k != "HOME"} | variables
+        done = script("plot.py", "log.txt", "--out", f"{i}.png", cwd=tmp_path, env=env)
+        assert done.returncode == 0 and (tmp_path / f"{i}.png").stat().st_size > 10_000, done.stderr
+
+
+def test_no_slice_is_replaced(tmp_path):
+    """--out replaces an older picture of its own and nothing else."""
+    (tmp_path / "log.txt").write_text("0.7\n0.6\n")
+    for _ in range(2):
+        assert run("log.txt", "--out", "own.png", cwd=tmp_path).returncode == 0
+    cv2.imwrite(str(tmp_path / "0.png"), cv2.imread(str(tmp_path / "own.png")))
+    before = (tmp_path / "0.png").read_bytes()
+    done = run("log.txt", "--out", "0.png", cwd=tmp_path)
+    assert done.returncode == 2 and "0.png: is no picture of plot.py's" in done.stderr
+    assert (tmp_path / "0.png").read_bytes() == before

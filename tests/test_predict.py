@@ -1,13 +1,18 @@
 """Prediction as a user runs it: python3 -m pytest tests/test_predict.py"""
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
 
-import engine
 import predict_unet_test
+from common import checkpoint, device, tiles
+from common.arguments import InputError
+from common.images import normalise, read_slice
+from common.pictures import write_pictures
 from conftest import ROOT, one_line, script, train, write_pairs
-from dataloader import normalise, read_slice
+from inside import run_inside
 from unet import UNet
 
 import cv2
@@ -29,19 +34,19 @@ def trained(tmp_path_factory):
 
 
 def predict(*args, cwd):
-    return script("predict_unet_test.py", "--device", "cpu", *args, cwd=cwd)
+    return run_inside("predict_unet_test.py", "--device", "cpu", *args, cwd=cwd)
 
 
 def test_files_and_values(trained):
     """One probability, mask and overlay for each slice, and a stack in numeric order."""
     given = ("--Test_Data_path", "new/train_image", "--save_res_path", "a/b", "--threshold", 0.4)
-    done = predict(*given, "--stack", "a/stack.tif", cwd=trained)
+    done = script("predict_unet_test.py", "--device", "cpu", *given, "--stack", "a/stack.tif", cwd=trained)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     kinds = ("prob", "mask", "overlay")
     names = {f"{i}_{kind}.png" for i in range(12) for kind in kinds}
     assert {path.name for path in (trained / "a/b").iterdir()} == names
 
-    net, _ = engine.net_of_checkpoint(trained / "checkpoints/best.safetensors")
+    net, _ = checkpoint.load_net(trained / "checkpoints/best.safetensors")
     net.eval()
     stack = Image.open(trained / "a/stack.tif")  # not by the library that wrote it
     assert stack.n_frames == 12 and stack.mode == "F"
@@ -71,9 +76,7 @@ def test_cells(trained):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     for i in range(12):
         kinds = ("mask", "cells", "colours")
-        mask, cells, colours = (
-            cv2.imread(str(trained / f"cells/{i}_{kind}.png"), -1) for kind in kinds
-        )
+        mask, cells, colours = (cv2.imread(str(trained / f"cells/{i}_{kind}.png"), -1) for kind in kinds)
         assert cells.dtype == np.uint16 and colours.shape == (50, 70, 3)
         interior, count = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=4)[::-1]
         assert cells.max() == count - 1  # each of the mask's cells, grown
@@ -91,7 +94,8 @@ def test_cells(trained):
 def test_no_cell_where_there_is_no_interior(tmp_path):
     """All membrane: no cell has a number, nothing is coloured."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 50)).astype(np.uint8)
-    predict_unet_test.write_slice(tmp_path / "a", noise, np.zeros((40, 50)), 0.5, True)
+    odd = write_pictures(tmp_path / "a", noise, np.zeros((40, 50)), 0.5, True)
+    assert odd == [f"{tmp_path}/a_mask.png is all membrane"]
     assert not cv2.imread(str(tmp_path / "a_cells.png"), -1).any()
     colours = cv2.imread(str(tmp_path / "a_colours.png"))
     assert (colours == colours[:, :, :1]).all()
@@ -114,8 +118,8 @@ def test_interrupting_leaves_whole_files_only(trained):
         assert cv2.imread(str(trained / "i" / name)) is not None
 
 
-def test_tiles_dont_show():
-    """Tiles give the whole slice's result to rounding, away from the slice's own edges."""
+def test_tiles_dont_show(monkeypatch):
+    """Tiles give the whole slice's result to rounding, whatever their size."""
     net = UNet(1, 1, bilinear=False, base_channels=2).eval()
     for name, parameter in net.named_parameters():
         # Every convolution averages, so that the most distant pixel in reach has a say.
@@ -124,16 +128,13 @@ def test_tiles_dont_show():
             flow.nn.init.constant_(parameter, 1 / inputs)
         elif name.endswith("bias"):
             flow.nn.init.constant_(parameter, 0)
-    image = np.random.default_rng(0).uniform(0, 4, (500, 340)).astype(np.float32)
-    whole = predict_unet_test.predict(net, image, "cpu")
-    tiled = predict_unet_test.predict_tiled(net, image, "cpu", 256)
-    inner = np.s_[112:-112, 112:-112]
+    image = np.random.default_rng(0).uniform(0, 4, (420, 340)).astype(np.float32)
+    whole = tiles.predict_tiles(net, image, "cpu", 0)
     assert whole.max() < 0.99  # the sigmoid isn't flat there
-    np.testing.assert_allclose(tiled[inner], whole[inner], rtol=0, atol=5e-7)
-    # Continued by as many mirrored pixels as tiles have margins, the edges are the same too.
-    mirrored = predict_unet_test.predict_mirrored(net, image, "cpu", 512, 96)
-    np.testing.assert_allclose(tiled, mirrored, rtol=0, atol=5e-7)
-    assert abs(whole - mirrored).max() > 0.01
+    monkeypatch.setattr(tiles, "LARGEST", 300 * 300)
+    for tile in (None, 304):
+        tiled = tiles.predict_tiles(net, image, "cpu", tile)
+        np.testing.assert_allclose(tiled, whole, rtol=0, atol=5e-7)
 
 
 def test_mirrored_slices(trained, monkeypatch):
@@ -150,11 +151,11 @@ def test_mirrored_slices(trained, monkeypatch):
         middle = change[16:-16, 16:-16].mean()
         assert 2 * middle < (change.sum() - middle * 18 * 38) / (50 * 70 - 18 * 38)
 
-    monkeypatch.setattr(predict_unet_test, "predict", lambda net, image, device: image.copy())
+    monkeypatch.setattr(tiles, "predict_whole", lambda net, image, device: image.copy())
     image = np.random.default_rng(0).random((40, 30)).astype(np.float32)
-    for run in (predict_unet_test.predict_tiled, predict_unet_test.predict_symmetries):
-        back = predict_unet_test.predict_mirrored(None, image, "cpu", 512, 48, run)
-        np.testing.assert_allclose(back, image, rtol=1e-6)
+    for tta in (False, True):
+        back = tiles.predict(None, image, mirror=48, tta=tta)
+        np.testing.assert_allclose(back, normalise(image), rtol=1e-5, atol=1e-6)
 
 
 def test_symmetries():
@@ -162,16 +163,86 @@ def test_symmetries():
     flow.manual_seed(0)
     net = UNet(1, 1, bilinear=True, base_channels=4).eval()
     image = np.random.default_rng(0).normal(size=(100, 90)).astype(np.float32)
-    mean = predict_unet_test.predict_symmetries(net, image, "cpu", 0)
+    mean = tiles.predict(net, image, tta=True)
     turned = np.ascontiguousarray(np.rot90(np.flipud(image)))
-    turned_mean = predict_unet_test.predict_symmetries(net, turned, "cpu", 0)
-    np.testing.assert_allclose(turned_mean, np.rot90(np.flipud(mean)), atol=1e-6)
-    assert abs(mean - predict_unet_test.predict(net, image, "cpu")).max() > 1e-4
+    np.testing.assert_allclose(tiles.predict(net, turned, tta=True), np.rot90(np.flipud(mean)), atol=1e-6)
+    plain = tiles.predict(net, image)
+    assert abs(mean - plain).max() > 1e-4
+    # Several nets: the mean of what each says.
+    other = UNet(1, 1, bilinear=True, base_channels=2).eval()
+    both = tiles.predict([net, other], image)
+    np.testing.assert_allclose(both, (plain + tiles.predict(other, image)) / 2, atol=1e-6)
+
+
+def test_the_margin_costs_a_third_at_most():
+    """Whatever the size: tiles cover the slice once, compute 4/3 of its pixels at most, and are bounded."""
+    rng = np.random.default_rng(0)
+    sizes = [(1024, 1024), (1449, 1449), (16, 9000), (20000, 18000), *rng.integers(16, 9000, (40, 2)).tolist()]
+    for height, width in sizes:
+        rows, columns = tiles.layout(height, width)
+        for side, windows in ((height, rows), (width, columns)):
+            assert [end for _, end, *_ in windows] == [*[begin for begin, *_ in windows][1:], side]
+            for begin, end, first, last in windows:
+                assert first % 16 == 0 and first in (0, begin - 96) and last in (side, end + 96)
+        lengths = [[last - first for *_, first, last in windows] for windows in (rows, columns)]
+        assert max(lengths[0]) * max(lengths[1]) <= tiles.LARGEST
+        if min(height, width) > 500:
+            assert sum(lengths[0]) * sum(lengths[1]) <= 4 / 3 * height * width, (height, width)
+
+
+@pytest.mark.parametrize("value", [0, 255, 77])
+def test_a_frame_changes_nothing_within(value):
+    """Black, white or grey padding: the tissue's prediction is what it is without, and no interior is seen there."""
+    flow.manual_seed(0)
+    net = UNet(1, 1, bilinear=False, base_channels=2).eval()
+    tissue = np.random.default_rng(0).integers(1, 255, (90, 100)).astype(np.uint8)
+    rim = np.ones(tissue.shape, bool)
+    rim[1:-1, 1:-1] = False
+    tissue[rim] = np.random.default_rng(1).integers(
+        130, 150, rim.sum()
+    )  # so that no pixel of tissue at the frame has its value
+    framed = np.full((200, 180), value, np.uint8)
+    framed[57:147, 33:133] = tissue
+    found = tiles.predict(net, framed, tile=0)
+    np.testing.assert_allclose(found[57:147, 33:133], tiles.predict(net, tissue), atol=1e-6)
+    found[57:147, 33:133] = 0
+    assert not found.any()
+    assert not tiles.predict(net, np.full((40, 20), 7)).any()
+
+
+class Driver:
+    """A stand-in for NVIDIA's driver library, of a GPU of some compute capability."""
+
+    def __init__(self, major, minor):
+        self.attributes = {75: major, 76: minor}
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGet(self, device, ordinal):
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = self.attributes[attribute]
+        return 0
+
+
+def test_a_gpu_without_code_is_left_alone(monkeypatch, capsys):
+    """OneFlow has code for Pascal to Ada: on a newer GPU auto takes the CPU and says so, cuda is refused."""
+    monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
+    for capability, usable in (((6, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False), ((5, 2), False)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, of=capability: Driver(*of))
+        assert device.pick("auto") == ("cuda" if usable else "cpu")
+        assert ("no code for this GPU" in capsys.readouterr().out) != usable
+        if not usable:
+            with pytest.raises(InputError, match=r"no code for this GPU.*--device cpu"):
+                device.pick("cuda")
+        assert device.pick("cpu") == "cpu"
 
 
 def test_bare_weights_and_old_checkpoints(trained):
     """Weights without our metadata, as PyTorch writes them, work; flow.save needs a flag."""
-    tensors, _, _ = engine.load_checkpoint(trained / "checkpoints/best.safetensors")
+    tensors, _, _ = checkpoint.read(trained / "checkpoints/best.safetensors")
     # PyTorch's own metadata, which aren't JSON
     safetensors.numpy.save_file(tensors, trained / "bare.safetensors", {"format": "pt"})
     half = {n: t.astype(np.float16) if t.dtype == np.float32 else t for n, t in tensors.items()}
@@ -194,17 +265,17 @@ def test_weights_in_the_box(tmp_path):
     """checkpoints/isbi2012.safetensors: small, whole, nothing but a net, no path of its maker."""
     boxed = predict_unet_test.BOXED
     assert boxed.stat().st_size < 16e6
-    _, moments, metadata = engine.load_checkpoint(boxed)
+    _, moments, metadata = checkpoint.read(boxed)
     assert not moments
-    net, _ = engine.net_of_checkpoint(boxed)
+    net, _ = checkpoint.load_net(boxed)
     assert net.base_channels == metadata["model"]["base_channels"]
     assert metadata["threshold"] == 0.5  # as README says
     assert metadata["arguments"]["data_path"] == "data/train_image"
     # It finds the synthetic sample's membranes, which look like those that it has seen.
     script("data/prepare.py", "sample", "--out", tmp_path, cwd=tmp_path)
-    image = normalise(read_slice(tmp_path / "test_image/0.png"))
+    image = read_slice(tmp_path / "test_image/0.png")
     interior = read_slice(tmp_path / "test_label/0.png") > 0
-    found = predict_unet_test.predict(net.eval(), image, "cpu") > 0.5
+    found = tiles.predict(net.eval(), image) > 0.5
     assert (found != interior).mean() < 0.1 < 0.15 < (~interior).mean()
 
 
@@ -236,13 +307,40 @@ def test_bad_input_is_one_line(trained):
         (("--threshold", 1.5), "--threshold"),
         (("--tile", 100), "--tile"),
         (("--device", "cuda"), "--device"),
+        (("--amp", "on", "--cpu_kernels", "off"), "--amp"),
         (("--save_res_path", "new/train_image"), "--save_res_path"),
         (("--save_res_path", "file"), "file"),
     )
     for flags, said in cases:
         given = {"--Test_Data_path": "new/train_image", "--save_res_path": "d"}
         given.update(zip(flags[::2], flags[1::2], strict=True))
-        done = predict(*(part for pair in given.items() for part in pair), cwd=trained)
+        words = [part for pair in given.items() for part in pair]
+        if said in ("nowhere", "--tile"):  # as a process, once before and once after OneFlow has started
+            done = script("predict_unet_test.py", *words, cwd=trained)
+        else:
+            done = predict(*words, cwd=trained)
         assert done.returncode == 2, flags
         assert one_line(done.stderr) and said in done.stderr, done.stderr
     assert not (trained / "d").exists()
+
+
+def test_what_weights_are_used_is_said(trained, tmp_path):
+    """Weights, their slices, epochs and threshold; a warning where they know the synthetic sample only."""
+    tensors, _, metadata = checkpoint.read(trained / "checkpoints/best.safetensors")
+    given = ("--Test_Data_path", trained / "new/train_image/0.png")
+    for synthetic in (False, True):
+        checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | {"synthetic": synthetic})
+        done = predict(*given, "--checkpoint", "w.safetensors", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "w.safetensors, after " in done.stdout and "'data/train_image'" in done.stdout
+        assert "interior is P > 0." in done.stdout
+        assert ("SYNTHETIC" in done.stdout and "isbi2012" in done.stdout) == synthetic
+
+
+def test_a_launchers_variables_are_no_matter(trained):
+    """In a pod or a shell that sets WORLD_SIZE, prediction is one process as ever."""
+    for variables in ({"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": ""}):
+        env = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+        given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "w")
+        done = script("predict_unet_test.py", "--device", "cpu", *given, cwd=trained, env=env, timeout=60)
+        assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import resource
@@ -14,6 +13,10 @@ import threading
 import zipfile
 from pathlib import Path
 
+from common.arguments import InputError
+from conftest import one_line
+from data import prepare as prepare_module
+
 import cv2
 import numpy as np
 import pytest
@@ -24,13 +27,12 @@ STACKS = {
     "train-labels.tif": "train_label",
     "test-volume.tif": "test_image",
 }
-# Runs the script after setting constants in it. With "kill" = n the process kills itself, as
-# kill -9 would, at its n-th step that changes a file or folder.
+# Runs the script after setting constants in it. With "kill" = n the process kills itself, as kill -9 would, at its n-th
+# step that changes a file or folder.
 DRIVER = """
-import importlib.util, json, os, sys
-spec = importlib.util.spec_from_file_location("prepare", sys.argv[1])
-prepare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare)
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from data import prepare
 patches = json.loads(sys.argv[2])
 steps = patches.pop("kill", None)
 for name, value in patches.items():
@@ -42,14 +44,15 @@ def hook(event, args):
         steps -= 1
         if steps < 0:
             os.kill(os.getpid(), 9)
+sys.argv[:3] = ["prepare.py"]
 if steps is not None:
     sys.addaudithook(hook)
-sys.exit(prepare.main(sys.argv[3:]))
+prepare.start.run(prepare.main)
 """
 
 
 def command(*args, **patches):
-    start = ["-c", DRIVER, SCRIPT, json.dumps(patches)] if patches else [SCRIPT]
+    start = ["-c", DRIVER, SCRIPT.parents[1], json.dumps(patches)] if patches else [SCRIPT]
     return [sys.executable, *map(str, start), *map(str, args)]
 
 
@@ -67,10 +70,6 @@ def tree(folder):
     """Every path below `folder`, hidden ones too, with the bytes of the files."""
     paths = sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in paths}
-
-
-def one_line(text):
-    return text.endswith("\n") and text.count("\n") == 1 and "Traceback" not in text
 
 
 @pytest.fixture(autouse=True)
@@ -127,21 +126,15 @@ def server(tiny):
 @pytest.fixture
 def prepare(tiny, monkeypatch):
     """The script as a module that takes the tiny archive for ISBI 2012."""
-    spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DIGESTS", tiny[2])
-    return module
+    monkeypatch.setattr(prepare_module, "DIGESTS", tiny[2])
+    return prepare_module
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """The sample made twice, by two processes."""
     outs = [tmp_path_factory.mktemp("sample") for _ in range(2)]
-    runs = [
-        subprocess.Popen(command("sample", "--out", out), stdout=subprocess.PIPE, text=True)
-        for out in outs
-    ]
+    runs = [subprocess.Popen(command("sample", "--out", out), stdout=subprocess.PIPE, text=True) for out in outs]
     return outs, [process.communicate()[0] for process in runs], [p.returncode for p in runs]
 
 
@@ -246,8 +239,8 @@ def test_full_disk_changes_nothing(tiny, out, tmp_path):
         assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("error, code", [(OSError("no"), 2), (KeyboardInterrupt(), 130)])
-def test_failed_swap_is_swapped_back(error, code, prepare, tiny, out, monkeypatch, capsys):
+@pytest.mark.parametrize("error, raised", [(OSError("no"), InputError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_failed_swap_is_swapped_back(error, raised, prepare, tiny, out, monkeypatch):
     """The old data come back when any rename fails or is interrupted."""
     rename = os.rename
     before = tree(out)
@@ -260,10 +253,8 @@ def test_failed_swap_is_swapped_back(error, code, prepare, tiny, out, monkeypatc
             rename(here, there)
 
         monkeypatch.setattr(prepare.os, "rename", failing)
-        assert (
-            prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)]) == code
-        )
-        assert one_line(capsys.readouterr().err)
+        with pytest.raises(raised):
+            prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)])
         assert tree(out) == before
     assert next(calls) > 9  # the last one was reached
 
@@ -283,7 +274,7 @@ def test_killed_anywhere_a_rerun_repairs(prepare, tiny, out, tmp_path):
             if left != old:
                 assert (data / "source.txt").read_text() == "isbi2012\n"
                 assert len(left) == 3 * 3 + 2
-        assert prepare.main(args) == 0
+        prepare.main(args)
         assert_isbi(data, stacks)
         if killed.returncode == 0:
             break
@@ -305,7 +296,7 @@ def test_interrupt(server, out):
     )
     process.stdout.readline()  # the terms are printed before the download begins
     process.send_signal(signal.SIGINT)
-    assert one_line(process.communicate(timeout=20)[1])
+    assert process.communicate(timeout=20)[1] == "\ninterrupted: run it again to prepare the data\n"
     assert process.returncode == 130
     assert tree(out) == before
 
@@ -314,7 +305,7 @@ def test_live_runs_keep_their_folder(prepare, tiny, out):
     """Leftovers of killed runs go; the temporary folder of a run that still goes on stays."""
     (out / f".preparing-{os.getppid()}").mkdir()
     (out / ".preparing-999999999").mkdir()
-    assert prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)]) == 0
+    prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)])
     assert [p.name for p in out.glob(".preparing-*")] == [f".preparing-{os.getppid()}"]
 
 

@@ -1,37 +1,29 @@
-"""Files from strangers: python3 -m pytest tests/test_strangers.py"""
+"""Checkpoints and weights from strangers: python3 -m pytest tests/test_strangers.py"""
 
-import ctypes
-import os
 import struct
 import subprocess
 import sys
-import tempfile
-import zlib
-from pathlib import Path
 
-import engine
-from conftest import ROOT, SMALL, one_line, script, train, write_pairs
-from dataloader import InputError, list_slices, read_slice
-from test_training import metadata_of, tensors_of
+from common import checkpoint
+from common.arguments import InputError
+from conftest import LAST, ROOT, SMALL, metadata_of, one_line, script, tensors_of, train, write_pairs
 from unet import UNet
 
-import cv2
 import numpy as np
+import oneflow as flow
 import pytest
 import safetensors.numpy
-import tifffile
-from oneflow import optim
 
-CHECKPOINTS, IMAGES = 1000, 500
+CHECKPOINTS = 1000
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def trained(tmp_path_factory):
     """last.safetensors of a run of one epoch, of a narrow net."""
     folder = tmp_path_factory.mktemp("run")
     write_pairs(folder / "data", 2)
     train("--epochs", 1, cwd=folder)
-    return folder / "checkpoints/last.safetensors"
+    return folder / LAST
 
 
 def mutated(whole, rng, start):
@@ -55,11 +47,11 @@ def mutated(whole, rng, start):
     return bytes(data)
 
 
-def test_damaged_checkpoints(checkpoint, tmp_path):
+def test_damaged_checkpoints(trained, tmp_path):
     """A thousand damaged checkpoints: each is refused in one line, whatever was hit."""
-    whole, path = checkpoint.read_bytes(), tmp_path / "damaged.safetensors"
+    whole, path = trained.read_bytes(), tmp_path / "damaged.safetensors"
     header = int.from_bytes(whole[:8], "little")
-    engine.load_checkpoint(checkpoint)
+    checkpoint.read(trained)
     rng = np.random.default_rng(0)
     tried = 0
     while tried < CHECKPOINTS:
@@ -69,13 +61,13 @@ def test_damaged_checkpoints(checkpoint, tmp_path):
         tried += 1
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"whole|damaged") as error:
-            engine.load_checkpoint(path)
+            checkpoint.read(path)
             pytest.fail(f"mutation {tried} was not noticed")
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     # The name of the checksum itself: without one, nothing could be checked.
     path.write_bytes(whole.replace(b'"checksum"', b'"checksun"'))
     with pytest.raises(InputError, match="damaged"):
-        engine.load_checkpoint(path)
+        checkpoint.read(path)
 
 
 FIRST, COUNT = "inc.double_conv.0.weight", "inc.double_conv.1.num_batches_tracked"
@@ -107,74 +99,65 @@ TENSORS = {
 # ... and metadata.
 BEST = {"epoch": 1, "loss": 0.5, "by": "val_loss", "threshold": 0.5}
 METADATA = {
-    "epoch": ["x", -3, 0, 1.5, [1], None, {"a": 1}, float("nan"), True, 10**400],
-    "optimizer_step": ["x", -7, 2**40, None, [], 0.5],
+    "epoch": ["x", -3, 0, 1.5, [1], None, {"a": 1}, float("nan"), True, 10**400, 7],
+    "optimizer": ["x", -7, None, [], {}, {"name": "Adam"}, {"name": ["Adam"], "state": {}}],
     "best": ["x", [1], 7, {"loss": 1}, *({**BEST, key: float("nan")} for key in BEST)],
-    "arguments": [[1], None, 7, {"lr": -1}, {"lr": "x\n--y"}, {"base_channels": 10**9}],
+    "arguments": [[1], None, 7, {"lr": -1}, {"lr": "x\n--y"}, {"epochs": -1}, {"seed": "../x"}],
+    "found": [None, 7, {"crop": "../x"}, {"crop": -1}, {"dropout": 7}],
+    "rows": ["x", None, 7, [], [1], [{}], [{"epoch": "1"}], [{"epoch": 1, "train_loss": 0.5}]],
 }
 METADATA["best"].append({**BEST, "loss": 10**400})
-METADATA["arguments"] += [
-    {"base_channels": 8},
-    {"bilinear": True},
-    {"epochs": -1},
-    {"crop": "../x"},
-]
+METADATA["optimizer"] += [{"name": "Adam", "state": {"step": step}} for step in ("x", -7, 2**40, None, [], 0.5)]
+METADATA["rows"] += [[{"epoch": "1", "train_loss": loss}] for loss in ("nan", "much", 0.5)]
 HOSTILE = [*TENSORS, *((key, value) for key, values in METADATA.items() for value in values)]
 
 
 @pytest.mark.parametrize("case", HOSTILE, ids=str)
-def test_hostile_checkpoints(case, checkpoint, tmp_path):
+def test_hostile_checkpoints(case, trained, tmp_path):
     """A checkpoint made to harm, its checksum right: refused in one line, by who would use it."""
-    tensors, metadata = tensors_of(checkpoint), metadata_of(checkpoint)
-    del metadata["checksum"]
+    tensors, metadata = tensors_of(trained), metadata_of(trained)
     if isinstance(case, str):
         name, change = TENSORS[case]
         if change:
             tensors[name] = change(tensors.get(name))
         else:
             del tensors[name]
-    elif isinstance(case[1], dict) and case[0] == "arguments":
-        metadata["arguments"] |= case[1]
+    elif isinstance(case[1], dict) and case[0] in ("arguments", "found"):
+        metadata[case[0]] |= case[1]
     else:
         metadata[case[0]] = case[1]
     path = tmp_path / "hostile.safetensors"
-    engine.write_checkpoint(path, tensors, metadata)
+    checkpoint.write(path, tensors, metadata)
 
-    def resume():
-        data = checkpoint.parents[1] / "data/train_image"
-        args = engine.parse_args("", ["--resume", str(path), "--data_path", str(data)])
-        args.data_digest, args.processes = "", 1
-        net = UNet(1, 1, bilinear=args.bilinear, base_channels=args.base_channels)
-        engine.resume(args, net, optim.Adam(net.parameters()))
+    def go_on():
+        data = trained.parents[1] / "data/train_image"
+        train("--resume", path, "--data_path", data, "--epochs", 1, cwd=tmp_path, small=("--device", "cpu"))
 
-    users = [resume]
+    users = [go_on]
     if isinstance(case, str) and not case.startswith("moment"):
-        users.append(lambda: engine.net_of_checkpoint(path))
+        users.append(lambda: checkpoint.load_net(path))
     for use in users:
         with pytest.raises(InputError) as error:
             use()
         assert "\n" not in str(error.value)
 
 
-def test_half_precision_is_fine(checkpoint, tmp_path):
+def test_half_precision_is_fine(trained, tmp_path):
     """Weights and moments of another type of float are taken over, and training goes on."""
-    tensors, metadata = tensors_of(checkpoint), metadata_of(checkpoint)
-    del metadata["checksum"]
+    tensors, metadata = tensors_of(trained), metadata_of(trained)
     halved = {n: t.astype(np.float16) if t.dtype == np.float32 else t for n, t in tensors.items()}
-    engine.write_checkpoint(tmp_path / "half.safetensors", halved, metadata)
-    data = checkpoint.parents[1] / "data/train_image"
+    checkpoint.write(tmp_path / "half.safetensors", halved, metadata)
+    data = trained.parents[1] / "data/train_image"
     flags = ("--resume", "half.safetensors", "--data_path", data, "--epochs", 2)
-    done = script("TrainUnetDataSet.py", "--device", "cpu", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    train(*flags, cwd=tmp_path, small=("--device", "cpu"))
 
 
-def test_a_message_is_one_line_whatever_the_file_says(checkpoint, tmp_path):
+def test_a_message_is_one_line_whatever_the_file_says(trained, tmp_path):
     """Line ends and what colours a terminal, in a checkpoint or a name, are written out."""
-    tensors, metadata = tensors_of(checkpoint), metadata_of(checkpoint)
-    del metadata["checksum"]
+    tensors, metadata = tensors_of(trained), metadata_of(trained)
     evil = "a\nb\x1b[2J"
     metadata["arguments"]["data_path"] = evil
-    engine.write_checkpoint(tmp_path / "evil.safetensors", tensors, metadata)
+    checkpoint.write(tmp_path / "evil.safetensors", tensors, metadata)
     flags = ("--resume", "evil.safetensors", "--device", "cpu")
     done = script("TrainUnetDataSet.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and one_line(done.stderr)
@@ -184,14 +167,12 @@ def test_a_message_is_one_line_whatever_the_file_says(checkpoint, tmp_path):
     assert done.returncode == 2 and one_line(done.stderr) and r"a\nb\x1b[2J" in done.stderr
 
 
-def test_weights_that_lead_to_no_number(checkpoint, tmp_path):
+def test_weights_that_lead_to_no_number(trained, tmp_path):
     """Finite weights that overflow: predicting says so, exit 2, and writes no picture."""
-    tensors = {
-        n: t * np.float32(1e29) if t.ndim == 4 else t for n, t in tensors_of(checkpoint).items()
-    }
+    tensors = {n: t * np.float32(1e29) if t.ndim == 4 else t for n, t in tensors_of(trained).items()}
     tensors = {n: t for n, t in tensors.items() if not n.startswith("optimizer")}
     safetensors.numpy.save_file(tensors, tmp_path / "large.safetensors")
-    data = checkpoint.parents[1] / "data/train_image"
+    data = trained.parents[1] / "data/train_image"
     flags = ("--checkpoint", "large.safetensors", "--Test_Data_path", data, "--device", "cpu")
     done = script("predict_unet_test.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and one_line(done.stderr) and "no number" in done.stderr
@@ -217,254 +198,58 @@ def test_hostile_headers(tmp_path):
     for length in (2**63, 2**64 - 1, 90_000_000, 0):
         path.write_bytes(struct.pack("<Q", length) + b"{}" * 50)
         with pytest.raises(InputError, match="whole"):
-            engine.load_checkpoint(path)
+            checkpoint.read(path)
     deep = {"nested": "[" * 100_000}
     path.write_bytes(safetensors.numpy.save({"a": np.zeros(3, np.float32)}, deep))
     with pytest.raises(InputError, match="doesn't hold a U-Net's weights"):
-        engine.net_of_checkpoint(path)
-    whole_numbers = {
-        n: t.numpy().astype(np.int8) for n, t in UNet(1, 1, base_channels=2).state_dict().items()
-    }
+        checkpoint.load_net(path)
+    whole_numbers = {n: t.numpy().astype(np.int8) for n, t in UNet(1, 1, base_channels=2).state_dict().items()}
     path.write_bytes(safetensors.numpy.save(whole_numbers))
     with pytest.raises(InputError, match="another shape or type"):
-        engine.net_of_checkpoint(path)
+        checkpoint.load_net(path)
 
 
-# Reads each file named on stdin with the one reader of images; a crash would end it.
-READER = """
-import sys
-from dataloader import InputError, list_slices, read_slice
-for line in sys.stdin:
-    try:
-        pages = [read_slice(file, page) for _, file, page in list_slices(line[:-1])]
-        print("read", hash(pages[0].tobytes()), flush=True)
-    except InputError as error:
-        print("refused", str(error).count(chr(10)), line[:-1] in str(error), flush=True)
-"""
+OTHERS = {
+    "data parallel": (lambda t: {f"module.{name}": array for name, array in t.items()}, "names without module."),
+    "lightning": (lambda t: {f"model.net.{n}": a for n, a in t.items()}, "names without model.net."),
+    "further keys": (lambda t: t | {"mask_values": np.array([0, 255])}, "left out mask_values"),
+    "no biases": (
+        lambda t: {n: a for n, a in t.items() if not n.endswith(("double_conv.0.bias", "double_conv.3.bias"))},
+        "3x3 convolutions have no biases",
+    ),
+    "no counts": (lambda t: {n: a for n, a in t.items() if not n.endswith("num_batches_tracked")}, ""),
+    "the same": (dict, ""),
+}
 
 
-def test_damaged_images(tmp_path):
-    """Five hundred damaged PNGs and TIFFs: each is read or refused in a line, none crashes.
-
-    A PNG that is read is what it was, by its check sums; a TIFF has none.
-    """
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (40, 50), dtype=np.uint8)
-    grey16 = image.astype(np.uint16) * 257
-    kinds = [
-        cv2.imencode(".png", image)[1].tobytes(),
-        cv2.imencode(".png", grey16)[1].tobytes(),
-        cv2.imencode(".png", np.dstack([image] * 3))[1].tobytes(),
-        cv2.imencode(".tif", image)[1].tobytes(),
-    ]
-    for options in ({}, {"bigtiff": True}, {"compression": "zlib"}, {"tile": (16, 16)}):
-        stack = np.stack([image] * 3).astype(np.float32)
-        tifffile.imwrite(tmp_path / "made.tif", stack, photometric="minisblack", **options)
-        kinds.append((tmp_path / "made.tif").read_bytes())
-    suffixes = [".png"] * 3 + [".tif"] * 5
-    paths, sound = [], []
-    for i, data in enumerate(kinds):
-        paths.append(tmp_path / f"whole{i}{suffixes[i]}")
-        paths[-1].write_bytes(data)
-    for i in range(IMAGES):
-        kind = i % len(kinds)
-        data = mutated(kinds[kind], rng, min(400, len(kinds[kind])))
-        if kind < 3:
-            if rng.integers(2):
-                data = with_right_sums(data)  # so that it reaches the decoder
-            else:
-                sound.append((len(paths), kind))
-        paths.append(tmp_path / f"{i}{suffixes[kind]}")
-        paths[-1].write_bytes(data)
-    done = subprocess.run(
-        [sys.executable, "-c", READER],
-        input="".join(f"{path}\n" for path in paths),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and done.stderr == "", (done.returncode, paths[len(lines)])
-    assert len(lines) == len(kinds) + IMAGES
-    for i, kind in sound:
-        assert lines[i] in ("refused 0 True", lines[kind]), paths[i]
-    assert all(line.startswith("read") for line in lines[: len(kinds)])
-    refused = [line for line in lines if line.startswith("refused")]
-    assert set(refused) == {"refused 0 True"}
-    assert 0.3 * IMAGES < len(refused) < 0.95 * IMAGES
+@pytest.mark.parametrize("case", OTHERS)
+def test_weights_of_other_programs(case, tmp_path, capsys):
+    """PyTorch's well-known U-Nets differ in names and biases: loaded, said, and the net computes the same."""
+    net = UNet(1, 1, bilinear=False, base_channels=4).eval()
+    for name, parameter in net.named_parameters():
+        if "biases" in case and name.endswith(("double_conv.0.bias", "double_conv.3.bias")):
+            flow.nn.init.zeros_(parameter)
+    change, said = OTHERS[case]
+    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    path = tmp_path / "others.safetensors"
+    safetensors.numpy.save_file(change(state), path)
+    loaded, metadata = checkpoint.load_net(path)
+    assert metadata == {} and said in capsys.readouterr().out
+    image = flow.randn(1, 1, 32, 32)
+    np.testing.assert_array_equal(loaded.eval()(image).numpy(), net(image).numpy())
 
 
-def with_right_sums(data):
-    """A PNG whose chunks' check sums are right, as far as its lengths are."""
-    data, place = bytearray(data), 8
-    while place + 12 <= len(data):
-        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        if end + 4 > len(data):
-            break
-        data[end : end + 4] = zlib.crc32(data[place + 4 : end]).to_bytes(4, "big")
-        place = end + 4
-    return bytes(data)
+def test_weights_with_half_of_the_biases(tmp_path):
+    """What lacks some of its tensors is refused, however they are named."""
+    state = {f"module.{n}": t.numpy() for n, t in UNet(1, 1, base_channels=4).state_dict().items()}
+    del state["module.down1.maxpool_conv.1.double_conv.0.bias"]
+    safetensors.numpy.save_file(state, tmp_path / "others.safetensors")
+    with pytest.raises(InputError, match=r"down1\.maxpool_conv\.1\.double_conv\.0\.bias"):
+        checkpoint.load_net(tmp_path / "others.safetensors")
 
 
-def png(depth, colour_type, rows, size, palette=None):
-    """A PNG by hand; rows: the bytes of each row."""
-
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, 0)
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"".join(rows), 9))]
-    if palette is not None:
-        parts.insert(1, chunk(b"PLTE", palette.tobytes()))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
-
-
-def test_kinds_of_images(tmp_path):
-    """Every kind of PNG and TIFF that a microscope or a stranger comes with has its result."""
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (40, 48), dtype=np.uint8)
-    light = image > 127
-    grey = image.astype(np.float64)
-
-    def read(name):
-        ((_, file, page),) = list_slices(tmp_path / name)
-        return read_slice(file, page).astype(np.float64)
-
-    def write(name, array, **options):
-        tifffile.imwrite(tmp_path / name, array, **options)
-        return read(name)
-
-    # Grey of any depth: the values themselves.
-    for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.float32, np.float64):
-        values = (grey - 128 * np.issubdtype(dtype, np.signedinteger)).astype(dtype)
-        for order in "<>":
-            np.testing.assert_array_equal(write("grey.tif", values, byteorder=order), values)
-    np.testing.assert_array_equal(write("z.tif", image, compression="zlib"), image)
-    np.testing.assert_array_equal(write("tiles.tif", image, tile=(16, 16)), image)
-    # One bit, a palette, white as 0, colour with and without transparency, CMYK.
-    for kind, expected in (("minisblack", light), ("miniswhite", ~light)):
-        np.testing.assert_array_equal(write("bit.tif", light, photometric=kind), expected * 255)
-    for dtype, big, order in ((np.uint16, False, ">"), (np.float32, True, "<")):
-        options = {"photometric": "miniswhite", "bigtiff": big, "byteorder": order}
-        with pytest.raises(InputError, match="0 for white"):
-            write("white.tif", grey.astype(dtype), **options)
-    falling = np.arange(255, -1, -1)
-    table = np.stack([falling * 257] * 3).astype(np.uint16)
-    inverted = write("palette.tif", image, photometric="palette", colormap=table)
-    np.testing.assert_allclose(inverted, 255 - grey, atol=1)
-    colour = np.dstack([image, image // 2, 255 - image])
-    luma = colour @ (0.299, 0.587, 0.114)
-    np.testing.assert_allclose(write("rgb.tif", colour, photometric="rgb"), luma, atol=1)
-    deep = write("deep.tif", colour.astype(np.uint16) * 257, photometric="rgb")
-    np.testing.assert_allclose(deep / 257, luma, atol=1)
-    # What OpenCV would turn, mix up or leave out.
-    for orientation in range(2, 9):
-        with pytest.raises(InputError, match="upright"):
-            kind = "BHI"[orientation % 3]  # BYTE, SHORT or LONG
-            tags = [(274, kind, 1, orientation, True)]
-            write("turned.tif", image, extratags=tags, byteorder="<>"[orientation % 2])
-    for dtype in (np.uint8, np.uint16):
-        planes, pair = (np.stack([image] * n, axis).astype(dtype) for n, axis in ((3, 0), (2, -1)))
-        for kind in ("rgb", "minisblack"):
-            with pytest.raises(InputError, match="3 channels"):
-                write("planes.tif", planes, photometric=kind, planarconfig="separate")
-        with pytest.raises(InputError, match="2 channels"):
-            write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
-    opaque = np.dstack([image, image * 0 + 255])
-    options = {
-        "photometric": "minisblack",
-        "planarconfig": "contig",
-        "extrasamples": ["unassalpha"],
-    }
-    np.testing.assert_array_equal(write("alpha.tif", opaque, **options), image)
-    ink = np.dstack([image * 0] * 3 + [255 - image])
-    np.testing.assert_allclose(write("cmyk.tif", ink, photometric="separated"), grey, atol=1)
-    pixels = [b"\0" + row.tobytes() for row in image]
-    bits = [b"\0" + np.packbits(row).tobytes() for row in light]
-    opaque = [b"\0" + np.dstack([row, row * 0 + 9]).tobytes() for row in image]
-    palette = np.repeat(falling.astype(np.uint8), 3)
-    for data, expected in (
-        (png(1, 0, bits, (48, 40)), light * 255),
-        (png(8, 3, pixels, (48, 40), palette), 255 - grey),
-        (png(8, 4, opaque, (48, 40)), grey),
-    ):
-        (tmp_path / "kind.png").write_bytes(data)
-        np.testing.assert_allclose(read("kind.png"), expected, atol=1)
-    # What can't be read is refused: bombs, other numbers, nothing, text.
-    # What no memory could hold isn't unpacked; what it just can isn't taken for a slice.
-    for name, side in (("bomb.png", 60_000), ("small bomb.png", 20_000)):
-        row = bytes(1 + (side + 7) // 8)
-        (tmp_path / name).write_bytes(png(1, 0, [row] * side, (side, side)))
-        assert (tmp_path / name).stat().st_size < 500_000
-    tifffile.imwrite(tmp_path / "complex.tif", grey.astype(np.complex64))
-    tifffile.imwrite(tmp_path / "nan.tif", np.full((40, 48), np.nan, np.float32))
-    tifffile.imwrite(tmp_path / "huge.tif", np.full((40, 48), 1e39))
-    (tmp_path / "text.tif").write_text("no image")
-    for name in ("empty.png", "empty.tif"):
-        (tmp_path / name).touch()
-    refused = ("complex.tif", "nan.tif", "huge.tif", "text.tif", "empty.png", "empty.tif")
-    for name in ("bomb.png", "small bomb.png", *refused):
-        with pytest.raises(InputError, match=name):
-            read(name)
-    # A stack that lost its end is refused, not read in part.
-    tifffile.imwrite(tmp_path / "stack.tif", np.stack([image] * 5), photometric="minisblack")
-    assert len(list_slices(tmp_path / "stack.tif")) == 5
-    five = np.stack([image] * 5)
-    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True)
-    assert len(list_slices(tmp_path / "ij.tif")) == 5
-    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True, truncate=True)
-    with pytest.raises(InputError, match="slices in one page"):
-        list_slices(tmp_path / "ij.tif")
-    (tmp_path / "stack.png").write_bytes((tmp_path / "stack.tif").read_bytes())
-    assert len(list_slices(tmp_path / "stack.png")) == 5
-    whole = (tmp_path / "stack.tif").read_bytes()
-    for share in (0.3, 0.6, 0.9):
-        (tmp_path / "stack.tif").write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(InputError, match=r"stack\.tif"):
-            for _, file, page in list_slices(tmp_path / "stack.tif"):
-                read_slice(file, page)
-
-
-def test_names_of_images(tmp_path):
-    """Folders, loops and pipes named as images are passed over; any name that is text works."""
-    folder = tmp_path / "slices"
-    (folder / "folder.png").mkdir(parents=True)
-    os.symlink("loop.png", folder / "loop.png")
-    os.symlink("nowhere", folder / "dangling.png")
-    os.symlink(folder, folder / "itself")
-    os.mkfifo(folder / "pipe.png")
-    with pytest.raises(InputError, match="holds no image"):
-        list_slices(folder)
-    with pytest.raises(InputError, match="no such file"):
-        list_slices(folder / "loop.png")
-    image = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
-    data = cv2.imencode(".png", image)[1].tobytes()
-    for name in ("Schnitt äöü.png", "切片 1.png", "-x.png", "%d.png", "a;b'c.PNG", "🔬.png"):
-        (folder / name).write_bytes(data)
-        np.testing.assert_array_equal(read_slice(folder / name), image)
-    assert len(list_slices(folder)) == 6
-    with open(os.path.join(os.fsencode(folder), b"latin-\xe4.png"), "wb") as file:
-        file.write(data)
-    with pytest.raises(InputError, match="UTF-8"):
-        list_slices(folder)
-
-
-def test_unreadable_files():
-    """What may not be read, a file, a folder or the folder above, is named, by any user."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        closed = Path(folder) / "closed"
-        closed.mkdir()
-        for name in ("a.png", "b.tif", "closed/c.png"):
-            (Path(folder) / name).write_bytes(b"x")
-            (Path(folder) / name).chmod(0)
-        closed.chmod(0)
-        os.chmod(folder, 0o755)
-        me = ctypes.CDLL(None).setfsuid(65534)  # root may read everything: be nobody for a while
-        try:
-            for name in ("a.png", "b.tif", "closed", "closed/c.png"):
-                with pytest.raises(InputError, match=f"{name}: can't be read"):
-                    for _, file, page in list_slices(Path(folder) / name):
-                        read_slice(file, page)
-        finally:
-            ctypes.CDLL(None).setfsuid(me)
+def test_a_file_of_pytorch_is_named(tmp_path):
+    """It is called by its format, with what converts it, and never unpickled."""
+    (tmp_path / "net.pth").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match="is PyTorch's, convert it"):
+        checkpoint.load_net(tmp_path / "net.pth")

@@ -1,0 +1,68 @@
+"""What a static graph needs to train as an eager loop does: shapes, and an optimizer's state and counters shared."""
+
+import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
+from common.arguments import InputError
+
+import oneflow as flow
+from oneflow import nn
+
+# What the eager optimizers keep of a parameter, and what a graph calls the same.
+STATE = {"Adam": {"exp_avg": "m", "exp_avg_sq": "v"}, "SGD": {"momentum_buf": "momentum"}}
+STATE["AdamW"] = STATE["Adam"]
+
+
+class TrainingGraph(nn.Graph):
+    """One training step, compiled when it is first called, for the shapes of that call; subclasses have `build`.
+
+    It works on the net's own tensors and on the optimizer's, so that graphs of other shapes, validation and checkpoints
+    see what it has done. `count`: the steps done so far, int64 (1,), which all graphs share too. It drives the schedule
+    and Adam's bias correction alike, so a run resumed with another number of steps an epoch differs from an eager one
+    at first. Raises InputError for an optimizer that it doesn't know.
+    """
+
+    def __init__(self, net, criterion, optimizer, schedule, count, amp):
+        super().__init__()
+        self.net, self.criterion = net, criterion
+        self.add_optimizer(optimizer, lr_sch=schedule)
+        if amp:
+            self.config.enable_amp(True)
+            self.set_grad_scaler(flow.amp.GradScaler())
+        optimizer.zero_grad(set_to_none=True)  # a graph before this one leaves its symbols there
+        kind = type(optimizer).__name__
+        if kind not in STATE:
+            raise InputError(f"{kind}: graph_train.py only knows {', '.join(STATE)}; TrainUnetDataSet.py takes any")
+        pairs = {} if kind == "SGD" and not optimizer.param_groups[0]["momentum"] else STATE[kind]
+        eager, state = optimizer.state_dict(), {"System-Train-TrainStep": count}
+        for index, (name, parameter) in enumerate(net.named_parameters()):
+            for ours, theirs in pairs.items():
+                zeros = flow.zeros_like(parameter)  # where a run begins
+                state[f"net.{name}-{theirs}"] = eager["state"][index].setdefault(ours, zeros)
+        optimizer.load_state_dict(eager)
+        self.load_state_dict(state)
+
+
+class Graphs:
+    """A step for batches of any shape: Graphs(TrainGraph, net, …)(image, label, weight) calls a graph of that shape."""
+
+    def __init__(self, kind, net, criterion, optimizer, schedule, amp):
+        self.count = flow.tensor([schedule.last_step], dtype=flow.int64)
+        self.new = lambda: kind(net, criterion, optimizer, schedule, self.count, amp)
+        self.net, self.optimizer, self.schedule, self.of_shape = net, optimizer, schedule, {}
+
+    def __call__(self, *inputs):
+        shape = inputs[0].shape
+        if shape not in self.of_shape:
+            self.of_shape[shape] = self.new()
+        return self.of_shape[shape](*inputs)
+
+    def keep_count(self):
+        """Count the steps since the last call where eager ones count themselves; to be called after each epoch."""
+        steps = int(self.count.numpy()[0]) - self.schedule.last_step
+        for name, buffer in self.net.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                buffer += steps
+        state = self.optimizer.state_dict()
+        state["state"]["step"] += steps
+        self.optimizer.load_state_dict(state)
+        self.schedule.last_step += steps - 1
+        self.schedule.step()

@@ -1,0 +1,114 @@
+"""Labels: pairing them with slices, reading them, and judging from the whole set which value is membrane.
+
+In a label white is the interior of a cell and black is membrane. Others are refused, with the command that converts.
+"""
+
+from pathlib import Path
+
+from common.arguments import InputError
+from common.images import CONVERT, TIFF, decode, list_slices, normalise, quiet_stderr
+
+import cv2
+import numpy as np
+import tifffile
+
+
+def beside(path, given="image", wanted="label"):
+    """Where the labels of slices are, unless said: `path` with its name's last `image` replaced; None without one."""
+    path = Path(path)
+    return path.with_name(wanted.join(path.name.rsplit(given, 1))) if given in path.name else None
+
+
+def pair(path, label_path, suffix=""):
+    """Slices and their labels -> [(slice, label)], each (name, file, page), label None where a slice has none.
+
+    Two folders pair by name (`0.png` and `0.tif` do too), else order pairs them. Names of slices may end in `suffix`;
+    those that don't are then left out. Raises InputError, also where a stack is of another length.
+    """
+    slices, labels = list_slices(path), list_slices(label_path)
+    if suffix and any(name.endswith(suffix) for name, _, _ in slices):
+        slices = [(name.removesuffix(suffix), *where) for name, *where in slices if name.endswith(suffix)]
+    if Path(path).is_dir() and Path(label_path).is_dir():
+        of_name = {label[0]: label for label in labels}
+        return [(one, of_name.get(one[0])) for one in slices]
+    if len(slices) != len(labels):  # of a stack, page by page, names don't matter
+        raise InputError(f"{path}: {len(slices)} slices, but {label_path} has {len(labels)} labels")
+    return list(zip(slices, labels, strict=True))
+
+
+def read_label(file, page=0, values=None):
+    """One label as float32 (H, W): 1 where it is lighter (interior), 0 where darker (membrane).
+
+    values: (membrane, interior) of the whole set, from judge(); without them the label's own lowest and highest. Raises
+    InputError for a label that read_grey() refuses, or that has other values.
+    """
+    label = read_grey(file, page)
+    low, high = values or (label.min(), label.max())
+    if not ((label == low) | (label == high)).all():
+        raise InputError(f"{file}: has other values than {low:g} and {high:g}, those of the other labels")
+    return (label == high).astype(np.float32)
+
+
+def read_grey(file, page=0):
+    """One label as a grey array (H, W), of one or two values.
+
+    Raises InputError for more of them, and for a label whose polarity can't be told: in colour, with a palette or with
+    transparency.
+    """
+    try:
+        label = decode(file, page, cv2.IMREAD_UNCHANGED)
+    except InputError as error:
+        raise InputError(f"{error} (a label of another type: {CONVERT})") from None
+    with open(file, "rb") as start:
+        head = start.read(32)
+    palette = head[25:26] == b"\3" and head[:4] == b"\x89PNG"
+    if head[:4] in TIFF:
+        with quiet_stderr(), tifffile.TiffFile(file, _multifile=False) as tiff:
+            palette = tiff.pages.first.photometric == 3
+    transparent = label.ndim == 3 and label.shape[2] == 4 and np.ptp(label[:, :, 3])
+    if palette or transparent or (label.ndim == 3 and np.ptp(label[:, :, :3], axis=2).any()):
+        kind = "a palette" if palette else "transparency" if transparent else "colours"
+        raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} --threshold N")
+    label = label if label.ndim == 2 else label[:, :, 0]
+    if not ((label == label.min()) | (label == label.max())).all():
+        found, counts = np.unique(label, return_counts=True)
+        # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
+        soft = counts[0] + counts[-1] > 0.5 * label.size and label.dtype == np.uint8
+        flag = f"--threshold {(found[0] + found[-1]) / 2:g}" if soft else "--cells"
+        raise InputError(
+            f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} {flag}"
+        )
+    return label
+
+
+def look(label, image):
+    """What judge() needs of a label (H, W) and its slice (H, W) -> {value: (pixels, their brightness)}."""
+    light = normalise(image)
+    return {value.item(): ((label == value).sum(), light[label == value].sum()) for value in {label.min(), label.max()}}
+
+
+def judge(label_path, looks, where="slices", part=False):
+    """The two values of a set of labels, (membrane, interior), told from all of them.
+
+    looks: look() of each, with images of which `where` says what they are. part: whether these are only some of the
+    labels, which may then have one value. Raises InputError where there are more than two or only one, or where what
+    should be interior looks like membrane: darker in the images than the rest, and less than half of all pixels.
+    """
+    total = {}
+    for one in looks:
+        for value, (pixels, light) in one.items():
+            before = total.get(value, (0, 0))
+            total[value] = before[0] + pixels, before[1] + light
+    if part and len(total) == 1 and set(total) <= {0, 1, 255}:
+        return 0, max(*total, 1)
+    if len(total) != 2:
+        some = ", ".join(f"{value:g}" for value in sorted(total)[:6])
+        way = f": {CONVERT} --{'cells' if len(total) > 6 else 'threshold N'}" if len(total) > 2 else ""
+        raise InputError(f"{label_path}: its labels together have {len(total)} values ({some}), not two{way}")
+    (_, (dark_pixels, dark)), (_, (pixels, light)) = sorted(total.items())
+    if pixels < dark_pixels and light / pixels < dark / dark_pixels:
+        raise InputError(
+            f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels and dark in the "
+            f"{where}, so membrane is white there: {CONVERT.replace('SOURCE', str(label_path))} --membrane white"
+        )
+    return tuple(sorted(total))

@@ -1,0 +1,123 @@
+"""The scores of the ISBI 2012 challenge: how well cells are told apart, and pixels.
+
+    from common.scores import best, evaluate
+    best(evaluate(probabilities, labels), "v_rand")  # (0.97, 0.6): the score, its threshold
+
+V_Rand and V_Info are those of Arganda-Carreras et al. (2015), doi 10.3389/fnana.2015.00142, after border thinning:
+they count cells that are merged or split, which one missed pixel of membrane can do. Shares of wrong pixels say little
+of that.
+"""
+
+import numpy as np
+from skimage.measure import label as components
+from skimage.metrics import contingency_table
+from skimage.segmentation import watershed
+
+THRESHOLDS = np.arange(11) / 10
+
+# Each score: what it is called, and whether more is better.
+SCORES = {
+    "v_rand": ("V_Rand", True),
+    "v_info": ("V_Info", True),
+    "pixel_error": ("pixel error", False),
+    "pixel_misclassification": ("misclassification", False),
+    "membrane_dice": ("membrane Dice", True),
+}
+
+
+def thin(interior):
+    """Interior (H, W), bool -> its 4-connected components, grown until lines of a pixel part them.
+
+    Integers (H, W), 0 on the lines. Without any interior all is one component.
+    """
+    if not interior.any():
+        return np.ones(interior.shape, int)
+    return watershed(~interior, components(interior, connectivity=1), watershed_line=True)
+
+
+def entropy(counts, single=0):
+    """Entropy in nats of a partition of pixels into parts of such sizes and `single` of one."""
+    counts = counts[counts > 0]
+    total = counts.sum() + single
+    return np.log(total) - (counts * np.log(counts)).sum() / total
+
+
+def partition_scores(label, segments):
+    """(V_Rand, V_Info, pairs) of a slice; pairs counts pixels that go together: in both, in the label, in the segments.
+
+    label: (H, W), bool, True inside cells. segments: (H, W), integers as from thin(). Counted over the label's
+    interior, where each pixel on a line is a segment of its own; a label without any interior gives (1, 1, (0, 0, 0)).
+    """
+    if not label.any():
+        return 1.0, 1.0, (0, 0, 0)
+    table = contingency_table(components(label, connectivity=1)[label], segments[label]).tocsc()
+    cells = np.asarray(table.sum(axis=1)).ravel()
+    lines = table[:, 0].sum()
+    both, parts = table[:, 1:].data, np.asarray(table[:, 1:].sum(axis=0)).ravel()
+    same = (both**2).sum() + lines
+    in_cells, in_parts = (cells**2).sum(), (parts**2).sum() + lines
+    of_cells, of_parts = entropy(cells), entropy(parts, lines)
+    mutual = of_cells + of_parts - entropy(both, lines)
+    information = 2 * mutual / (of_cells + of_parts) if of_cells + of_parts > 0 else 1.0
+    v_rand = 2 * same / (in_cells + in_parts)
+    return v_rand, max(0.0, information), (same, in_cells, in_parts)
+
+
+def count(probability, label, thresholds=THRESHOLDS):
+    """What one slice adds to evaluate() -> float64 (len(thresholds), 9), to be summed over slices.
+
+    probability: (H, W), floats in [0, 1], or bool. label: (H, W), bool, True inside cells.
+    """
+    rows = {}
+    for threshold in thresholds:
+        found = probability > threshold
+        size = np.count_nonzero(found)  # as many pixels of one probability are the same pixels
+        if size not in rows:
+            v_rand, v_info, pairs = partition_scores(label, thin(found))
+            pixels = (found & label, found & ~label, ~found & label, ~found & ~label)
+            rows[size] = [v_rand, v_info, *pairs, *map(np.count_nonzero, pixels)]
+    return np.array([rows[np.count_nonzero(probability > threshold)] for threshold in thresholds], np.float64)
+
+
+def combine(counts):
+    """The scores of slices from count() of each -> {name: array (len(thresholds),)}.
+
+    V_Rand and V_Info are averages over the slices; the split and merge scores (how little is split, how little is
+    merged) and pixels are counted over all of them.
+    """
+    counts = np.array(list(counts))
+    v_rand, v_info = counts[:, :, :2].mean(0).T
+    same, in_cells, in_segments, right, extra, missed, membrane = counts[:, :, 2:].sum(0).T
+    wrong = extra + missed
+
+    def ratio(part, whole):  # 1 where there is nothing to find
+        return np.divide(part, whole, np.ones(len(part)), where=whole > 0)
+
+    f1_interior = ratio(2 * right, 2 * right + wrong)
+    return {
+        "v_rand": v_rand,
+        "v_rand_split": ratio(same, in_cells),
+        "v_rand_merge": ratio(same, in_segments),
+        "v_info": v_info,
+        "pixel_f1_interior": f1_interior,
+        "pixel_error": 1 - f1_interior,
+        "pixel_misclassification": wrong / (right + wrong + membrane),
+        "membrane_dice": ratio(2 * membrane, 2 * membrane + wrong),
+    }
+
+
+def evaluate(probabilities, labels, thresholds=THRESHOLDS):
+    """Scores at each of the thresholds -> {name: array (len(thresholds),)}.
+
+    probabilities: P(interior) of each slice, (H, W), floats in [0, 1]. labels: (H, W), bool. Both may be iterators,
+    so that one slice is in memory at a time.
+    """
+    return combine(count(p, label, thresholds) for p, label in zip(probabilities, labels, strict=True))
+
+
+def best(scores, name, thresholds=THRESHOLDS):
+    """(the best value of a score, its threshold); of thresholds that are equally good, the middle one."""
+    values = np.asarray(scores[name])
+    value = values.max() if SCORES[name][1] else values.min()
+    equal = np.flatnonzero(np.isclose(values, value, rtol=0, atol=1e-12))
+    return float(value), float(thresholds[equal[len(equal) // 2]])

@@ -1,0 +1,379 @@
+"""Image files from microscopes and strangers: python3 -m pytest tests/test_files.py"""
+
+import ctypes
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.arguments import InputError
+from common.images import find_border, list_slices, normalise, read_slice
+from conftest import ROOT
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+IMAGES = 500
+
+
+def mutated(whole, rng, start):
+    """A copy of the bytes with one thing wrong, half the time near the start."""
+    data = bytearray(whole)
+    place, other = (int(rng.integers(n)) for n in (start if rng.integers(2) else len(data), start))
+    length = int(rng.integers(1, 50))
+    kind = rng.integers(6)
+    if kind == 0:
+        del data[place:]
+    elif kind == 1:
+        data[place] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        data[place : place + length] = rng.bytes(length)
+    elif kind == 3:
+        del data[place : place + length]
+    elif kind == 4:
+        data[place:place] = data[other : other + length]
+    else:  # where lengths and offsets stand
+        data[place : place + 4] = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")[rng.integers(3)]
+    return bytes(data)
+
+
+# Reads each file named on stdin with the one reader of images; a crash would end it.
+READER = """
+import sys
+from common.arguments import InputError
+from common.images import list_slices, read_slice
+for line in sys.stdin:
+    try:
+        pages = [read_slice(file, page) for _, file, page in list_slices(line[:-1])]
+        print("read", hash(pages[0].tobytes()), flush=True)
+    except InputError as error:
+        print("refused", str(error).count(chr(10)), line[:-1] in str(error), flush=True)
+"""
+
+
+def test_damaged_images(tmp_path):
+    """Five hundred damaged PNGs and TIFFs: each is read or refused in a line, none crashes.
+
+    A PNG that is read is what it was, by its check sums; a TIFF has none.
+    """
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 50), dtype=np.uint8)
+    grey16 = image.astype(np.uint16) * 257
+    kinds = [
+        cv2.imencode(".png", image)[1].tobytes(),
+        cv2.imencode(".png", grey16)[1].tobytes(),
+        cv2.imencode(".png", np.dstack([image] * 3))[1].tobytes(),
+        cv2.imencode(".tif", image)[1].tobytes(),
+    ]
+    for options in ({}, {"bigtiff": True}, {"compression": "zlib"}, {"tile": (16, 16)}):
+        stack = np.stack([image] * 3).astype(np.float32)
+        tifffile.imwrite(tmp_path / "made.tif", stack, photometric="minisblack", **options)
+        kinds.append((tmp_path / "made.tif").read_bytes())
+    suffixes = [".png"] * 3 + [".tif"] * 5
+    paths, sound = [], []
+    for i, data in enumerate(kinds):
+        paths.append(tmp_path / f"whole{i}{suffixes[i]}")
+        paths[-1].write_bytes(data)
+    for i in range(IMAGES):
+        kind = i % len(kinds)
+        data = mutated(kinds[kind], rng, min(400, len(kinds[kind])))
+        if kind < 3:
+            if rng.integers(2):
+                data = with_right_sums(data)  # so that it reaches the decoder
+            else:
+                sound.append((len(paths), kind))
+        paths.append(tmp_path / f"{i}{suffixes[kind]}")
+        paths[-1].write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", READER],
+        input="".join(f"{path}\n" for path in paths),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "", (done.returncode, paths[len(lines)])
+    assert len(lines) == len(kinds) + IMAGES
+    for i, kind in sound:
+        assert lines[i] in ("refused 0 True", lines[kind]), paths[i]
+    assert all(line.startswith("read") for line in lines[: len(kinds)])
+    refused = [line for line in lines if line.startswith("refused")]
+    assert set(refused) == {"refused 0 True"}
+    assert 0.3 * IMAGES < len(refused) < 0.95 * IMAGES
+
+
+def with_right_sums(data):
+    """A PNG whose chunks' check sums are right, as far as its lengths are."""
+    data, place = bytearray(data), 8
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if end + 4 > len(data):
+            break
+        data[end : end + 4] = zlib.crc32(data[place + 4 : end]).to_bytes(4, "big")
+        place = end + 4
+    return bytes(data)
+
+
+def png(depth, colour_type, rows, size, palette=None):
+    """A PNG by hand; rows: the bytes of each row."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", *size, depth, colour_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"".join(rows), 9))]
+    if palette is not None:
+        parts.insert(1, chunk(b"PLTE", palette.tobytes()))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def test_kinds_of_images(tmp_path):
+    """Every kind of PNG and TIFF that a microscope or a stranger comes with has its result."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 48), dtype=np.uint8)
+    light = image > 127
+    grey = image.astype(np.float64)
+
+    def read(name):
+        ((_, file, page),) = list_slices(tmp_path / name)
+        return read_slice(file, page).astype(np.float64)
+
+    def write(name, array, **options):
+        tifffile.imwrite(tmp_path / name, array, **options)
+        return read(name)
+
+    # Grey of any depth: the values themselves.
+    for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.float32, np.float64):
+        values = (grey - 128 * np.issubdtype(dtype, np.signedinteger)).astype(dtype)
+        for order in "<>":
+            np.testing.assert_array_equal(write("grey.tif", values, byteorder=order), values)
+    np.testing.assert_array_equal(write("z.tif", image, compression="zlib"), image)
+    np.testing.assert_array_equal(write("tiles.tif", image, tile=(16, 16)), image)
+    # One bit, a palette, colour with and without transparency, CMYK. With 0 for white programs disagree.
+    np.testing.assert_array_equal(write("bit.tif", light, photometric="minisblack"), light * 255)
+    for dtype, big, order in ((bool, False, "<"), (np.uint8, True, "<"), (np.uint16, False, ">"), (float, True, "<")):
+        options = {"photometric": "miniswhite", "bigtiff": big, "byteorder": order}
+        with pytest.raises(InputError, match="0 for white"):
+            write("white.tif", grey.astype(dtype), **options)
+    falling = np.arange(255, -1, -1)
+    table = np.stack([falling * 257] * 3).astype(np.uint16)
+    inverted = write("palette.tif", image, photometric="palette", colormap=table)
+    np.testing.assert_allclose(inverted, 255 - grey, atol=1)
+    colour = np.dstack([image, image // 2, 255 - image])
+    luma = colour @ (0.299, 0.587, 0.114)
+    np.testing.assert_allclose(write("rgb.tif", colour, photometric="rgb"), luma, atol=1)
+    deep = write("deep.tif", colour.astype(np.uint16) * 257, photometric="rgb")
+    np.testing.assert_allclose(deep / 257, luma, atol=1)
+    # What OpenCV would turn, mix up or leave out.
+    for orientation in range(2, 9):
+        with pytest.raises(InputError, match="upright"):
+            kind = "BHI"[orientation % 3]  # BYTE, SHORT or LONG
+            tags = [(274, kind, 1, orientation, True)]
+            write("turned.tif", image, extratags=tags, byteorder="<>"[orientation % 2])
+    for dtype in (np.uint8, np.uint16):
+        planes, pair = (np.stack([image] * n, axis).astype(dtype) for n, axis in ((3, 0), (2, -1)))
+        for kind in ("rgb", "minisblack"):
+            with pytest.raises(InputError, match="3 channels"):
+                write("planes.tif", planes, photometric=kind, planarconfig="separate")
+        with pytest.raises(InputError, match="2 channels"):
+            write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
+    opaque = np.dstack([image, image * 0 + 255])
+    options = {
+        "photometric": "minisblack",
+        "planarconfig": "contig",
+        "extrasamples": ["unassalpha"],
+    }
+    np.testing.assert_array_equal(write("alpha.tif", opaque, **options), image)
+    ink = np.dstack([image * 0] * 3 + [255 - image])
+    np.testing.assert_allclose(write("cmyk.tif", ink, photometric="separated"), grey, atol=1)
+    pixels = [b"\0" + row.tobytes() for row in image]
+    bits = [b"\0" + np.packbits(row).tobytes() for row in light]
+    opaque = [b"\0" + np.dstack([row, row * 0 + 9]).tobytes() for row in image]
+    palette = np.repeat(falling.astype(np.uint8), 3)
+    for data, expected in (
+        (png(1, 0, bits, (48, 40)), light * 255),
+        (png(8, 3, pixels, (48, 40), palette), 255 - grey),
+        (png(8, 4, opaque, (48, 40)), grey),
+    ):
+        (tmp_path / "kind.png").write_bytes(data)
+        np.testing.assert_allclose(read("kind.png"), expected, atol=1)
+    # What can't be read is refused: bombs, other numbers, nothing, text.
+    # What no memory could hold isn't unpacked; what it just can isn't taken for a slice.
+    for name, side in (("bomb.png", 60_000), ("small bomb.png", 20_000)):
+        row = bytes(1 + (side + 7) // 8)
+        (tmp_path / name).write_bytes(png(1, 0, [row] * side, (side, side)))
+        assert (tmp_path / name).stat().st_size < 500_000
+    tifffile.imwrite(tmp_path / "complex.tif", grey.astype(np.complex64))
+    tifffile.imwrite(tmp_path / "nan.tif", np.full((40, 48), np.nan, np.float32))
+    tifffile.imwrite(tmp_path / "huge.tif", np.full((40, 48), 1e39))
+    (tmp_path / "text.tif").write_text("no image")
+    for name in ("empty.png", "empty.tif"):
+        (tmp_path / name).touch()
+    refused = ("complex.tif", "nan.tif", "huge.tif", "text.tif", "empty.png", "empty.tif")
+    for name in ("bomb.png", "small bomb.png", *refused):
+        with pytest.raises(InputError, match=name):
+            read(name)
+    # A stack that lost its end is refused, not read in part.
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([image] * 5), photometric="minisblack")
+    assert len(list_slices(tmp_path / "stack.tif")) == 5
+    five = np.stack([image] * 5)
+    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True)
+    assert len(list_slices(tmp_path / "ij.tif")) == 5
+    tifffile.imwrite(tmp_path / "ij.tif", five, imagej=True, truncate=True)
+    with pytest.raises(InputError, match="slices in one page"):
+        list_slices(tmp_path / "ij.tif")
+    (tmp_path / "stack.png").write_bytes((tmp_path / "stack.tif").read_bytes())
+    assert len(list_slices(tmp_path / "stack.png")) == 5
+    whole = (tmp_path / "stack.tif").read_bytes()
+    for share in (0.3, 0.6, 0.9):
+        (tmp_path / "stack.tif").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(InputError, match=r"stack\.tif"):
+            for _, file, page in list_slices(tmp_path / "stack.tif"):
+                read_slice(file, page)
+
+
+def test_names_of_images(tmp_path):
+    """Folders, loops and pipes named as images are passed over; any name that is text works."""
+    folder = tmp_path / "slices"
+    (folder / "folder.png").mkdir(parents=True)
+    os.symlink("loop.png", folder / "loop.png")
+    os.symlink("nowhere", folder / "dangling.png")
+    os.symlink(folder, folder / "itself")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "._0.png").write_bytes(b"of a Mac")
+    (folder / ".DS_Store").touch()
+    with pytest.raises(InputError, match="holds no image"):
+        list_slices(folder)
+    with pytest.raises(InputError, match="no such file"):
+        list_slices(folder / "loop.png")
+    image = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    data = cv2.imencode(".png", image)[1].tobytes()
+    for name in ("Schnitt äöü.png", "切片 1.png", "-x.png", "%d.png", "a;b'c.PNG", "🔬.png"):
+        (folder / name).write_bytes(data)
+        np.testing.assert_array_equal(read_slice(folder / name), image)
+    assert len(list_slices(folder)) == 6
+    with open(os.path.join(os.fsencode(folder), b"latin-\xe4.png"), "wb") as file:
+        file.write(data)
+    with pytest.raises(InputError, match="UTF-8"):
+        list_slices(folder)
+
+
+def test_the_order_is_one(tmp_path):
+    """Numbers count as numbers; names that are one number written differently have an order too."""
+    for name in ("10", "01", "1", "2", "001", "a1", "1a"):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.eye(8, dtype=np.uint8))
+    expected = ["001", "01", "1", "1a", "2", "10", "a1"]
+    files = sorted(tmp_path.iterdir())
+    for rotation in range(len(files)):
+        order = files[rotation:] + files[:rotation]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "iterdir", lambda _, order=order: iter(order))
+            assert [name for name, *_ in list_slices(tmp_path)] == expected
+
+
+def test_files_of_other_kinds_are_named(tmp_path, capsys):
+    """JPEG and BMP are read like PNG; what is left out is said; a cut-off JPEG or BMP is refused."""
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 50), dtype=np.uint8), (0, 0), 3)
+    for name in ("0.png", "1.jpg", "2.JPEG", "3.bmp"):
+        assert cv2.imwrite(str(tmp_path / name), image)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "4.gif").write_bytes(b"GIF89a")
+    slices = list_slices(tmp_path)
+    assert [name for name, *_ in slices] == ["0", "1", "2", "3"]
+    for _, file, page in slices:
+        assert np.abs(read_slice(file, page).astype(int) - image).max() < 20
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "left out 4.gif, notes.txt" in said
+    for name in ("1.jpg", "3.bmp", "0.png"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(InputError, match=name):
+            read_slice(tmp_path / name)
+
+
+def test_stacks_of_microscopes(tmp_path):
+    """Pyramids, hyperstacks, OME-TIFF and rare compressions: read rightly, or refused with the way on."""
+    stack = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:  # smaller copies between the pages
+        for image in stack:
+            writer.write(image, photometric="minisblack")
+            writer.write(image[::2, ::2], photometric="minisblack", subfiletype=1)
+    tifffile.imwrite(tmp_path / "z.ome.tif", stack, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "time.tif", stack, imagej=True, metadata={"axes": "TYX"})
+    with tifffile.TiffWriter(tmp_path / "sub.tif") as writer:
+        for image in stack:
+            writer.write(image, photometric="minisblack", subifds=1)
+            writer.write(image[::2, ::2], photometric="minisblack", subfiletype=1)
+    for name in ("pyramid.tif", "z.ome.tif", "time.tif", "sub.tif"):
+        pages = [read_slice(file, page) for _, file, page in list_slices(tmp_path / name)]
+        np.testing.assert_array_equal(pages, stack)
+    colours = np.stack([stack, stack], 1)
+    tifffile.imwrite(tmp_path / "c.ome.tif", colours, metadata={"axes": "ZCYX"})
+    tifffile.imwrite(tmp_path / "hyper.tif", colours, imagej=True, metadata={"axes": "ZCYX"})
+    for name in ("c.ome.tif", "hyper.tif"):
+        with pytest.raises(InputError, match=r"2 channels for a slice.*Split Channels"):
+            list_slices(tmp_path / name)
+    tifffile.imwrite(tmp_path / "odd.tif", stack[0], compression="lzma")
+    with pytest.raises(InputError, match="compressed as LZMA"):
+        list_slices(tmp_path / "odd.tif")
+
+
+def test_borders_of_aligned_stacks():
+    """Padding of one value at the edges doesn't count; what is saturated here and there in tissue does."""
+    rng = np.random.default_rng(0)
+    tissue = np.clip(rng.normal(128, 60, (200, 180)), 0, 255).astype(np.uint8)  # 2 % are 0 or 255
+    assert not find_border(tissue).any()
+    plain = normalise(tissue)
+    for value in (0, 255, 90):
+        framed = np.full((260, 300), value, np.uint8)
+        framed[40:240, 60:240] = tissue
+        framed[:60, :80][np.add.outer(np.arange(60), np.arange(80)) < 110] = value  # a corner, as of a rotation
+        inside = ~find_border(framed)
+        assert not inside[:40].any() and inside[40:240, 60:240].mean() > 0.95
+        normal = normalise(framed)
+        assert not normal[0].any() and not normal[:, :60].any()
+        np.testing.assert_allclose(normal[inside], plain[inside[40:240, 60:240]], atol=0.03)
+    assert not normalise(np.full((40, 40), 7.0)).any()
+    flat = normalise(np.float32(1e-9) * tissue)  # not flat: in other units
+    np.testing.assert_allclose(flat, plain, atol=1e-4)
+
+
+def test_overlapping_threads_leave_stderr_alone(tmp_path, capfd):
+    """What OpenCV prints of a damaged file is silenced, in threads too, and descriptor 2 is back afterwards."""
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + b"\xff" * 90)
+
+    def attempt(_):
+        with pytest.raises(InputError):
+            read_slice(tmp_path / "a.tif")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(attempt, range(200)))
+    os.write(2, b"still there\n")
+    assert capfd.readouterr().err == "still there\n"
+
+
+def test_unreadable_files():
+    """What may not be read, a file, a folder or the folder above, is named, by any user."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        closed = Path(folder) / "closed"
+        closed.mkdir()
+        for name in ("a.png", "b.tif", "closed/c.png"):
+            (Path(folder) / name).write_bytes(b"x")
+            (Path(folder) / name).chmod(0)
+        closed.chmod(0)
+        os.chmod(folder, 0o755)
+        me = ctypes.CDLL(None).setfsuid(65534)  # root may read everything: be nobody for a while
+        try:
+            for name in ("a.png", "b.tif", "closed", "closed/c.png"):
+                with pytest.raises(InputError, match=f"{name}: can't be read"):
+                    for _, file, page in list_slices(Path(folder) / name):
+                        read_slice(file, page)
+        finally:
+            ctypes.CDLL(None).setfsuid(me)
