@@ -10,6 +10,8 @@ as large as the input, and each is followed by batch normalisation (Ioffe and Sz
 Shapes in the comments are for b = base_channels; H, W stand for the side at the finest level.
 """
 
+import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
+
 import oneflow as flow
 from oneflow import nn
 from oneflow.nn import functional as F
@@ -69,10 +71,7 @@ class Down(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.maxpool_conv = nn.Sequential(
-            nn.MaxPool2d(2),
-            DoubleConv(in_channels, out_channels),
-        )
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels))
 
     def forward(self, x):
         return self.maxpool_conv(x)

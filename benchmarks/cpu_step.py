@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -78,6 +78,7 @@ def prepare(name, base_channels, side, batch):
         UNet, library = torch_unet(), f"PyTorch {flow.__version__}, {flow.get_num_threads()} threads"
     else:
         sys.path.insert(0, str(HERE.parent))
+        os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")  # as common/start.py does
         from unet import UNet
 
         import oneflow as flow
@@ -154,10 +155,8 @@ def fail(message, code=2):
 
 def ask(name, worker, command):
     """Send a worker a command -> its answer, a dict. Ends the script if the worker has ended."""
-    try:
+    with suppress(BrokenPipeError):  # the end of its answers says so too
         worker.stdin.write(f"{command}\n".encode())
-    except BrokenPipeError:
-        pass
     answer = next((line for line in worker.stdout if line.startswith(b"{")), None)
     if answer is None:
         code = worker.wait()

@@ -19,6 +19,7 @@ import sys
 import weakref
 from functools import lru_cache
 
+import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 import unet
 
 import numpy as np

@@ -16,6 +16,7 @@ import os
 import sysconfig
 import threading
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ def layout_of(image):
 
 def empty(shape, type=FLOAT32):
     """An uninitialised array that begins at a multiple of 64 bytes, a line of the cache."""
-    size = int(np.prod(shape)) * type.itemsize
+    size = prod(shape) * type.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(type).reshape(shape)
@@ -160,7 +161,7 @@ class Primitive:
 
     def empty(self, argument):
         """An array of bytes for an argument whose layout the primitive has chosen."""
-        return empty(self.library.size(self.wanted(argument)), np.dtype(np.uint8))
+        return empty((self.library.size(self.wanted(argument)),), np.dtype(np.uint8))
 
     def pack(self, argument, array):
         """A copy of an array in the layout and the type that the primitive has chosen for an argument."""
