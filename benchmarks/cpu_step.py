@@ -179,6 +179,7 @@ def measure(workers, command, size, args):
             if name != STOCK or i <= args.stock_rounds:
                 if sys.stderr.isatty():
                     print(f"\r\033[K{size} {command} {i}/{args.rounds}: {name}", end="", file=sys.stderr, flush=True)
+                time.sleep(0.05)  # until the threads of the one before have stopped to spin
                 answer = ask(name, worker, command)
                 used += answer["cpu"]
                 answers[name].append(answer)

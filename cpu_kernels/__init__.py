@@ -4,13 +4,10 @@
     net = accelerate(UNet(1, 1, bilinear=False), amp=True)   # mixed precision: images between layers in bfloat16
 
 OneFlow 0.9 convolves slowly on a CPU; here oneDNN does it. An accelerated net is one operation for OneFlow's autograd:
-its own forward() runs on images of onednn.py, where each layer has a twin (layers.py) that leaves its backward on a
-tape. Parameters, their gradients and batch normalisation's statistics are float32 in either precision.
-
-An accelerated net can be differentiated once: a second backward pass and gradients of gradients raise RuntimeError,
-and so does a net with hooks or other modules inside. On a GPU, in a static graph and for other types than float32 it
-runs OneFlow's own kernels. OMP_NUM_THREADS sets the number of threads. From the first accelerate() on, the process
-keeps freed memory for itself.
+its own forward() runs on images of onednn.py, layer by layer (layers.py). Parameters, their gradients and statistics
+are float32. What it can't do raises RuntimeError: a second backward pass, gradients of gradients, hooks or other
+modules inside. On a GPU, in a static graph and for other types it runs OneFlow's own kernels. OMP_NUM_THREADS sets the
+number of threads; the process keeps freed memory for itself.
 """
 
 import ctypes
@@ -37,9 +34,8 @@ CONTAINERS = (nn.Sequential, unet.UNet, unet.Down, unet.Up, unet.OutConv)  # the
 def accelerate(net, amp=False):
     """Make a net of unet.py's layers fast on a CPU, in place; returns the net.
 
-    Outputs, gradients and running statistics stay the same up to rounding (amp: to that of bfloat16). A net with other
-    layers, or on a GPU, stays as it is; so it does where the kernels can't run, which a line on stderr says.
-    Raises ValueError for amp on a CPU without bfloat16.
+    What it computes stays the same up to rounding. A net with other layers, or on a GPU, stays as it is; so it does
+    where the kernels can't run, which a line on stderr says. Raises ValueError for amp on a CPU without bfloat16.
     """
     if isinstance(net, Accelerated):
         net._amp = amp
@@ -52,9 +48,8 @@ def accelerate(net, amp=False):
         return net
     if amp and not has_bfloat16():
         raise ValueError("this CPU has no bfloat16: in mixed precision it would be slower")
-    try:
-        found = list(layers_of(net))
-    except LookupError:
+    found = list(layers_of(net))
+    if None in dict(found).values():
         return net
     for layer, run in found:
         layer.__class__ = twin(type(layer), run)
@@ -68,28 +63,21 @@ def accelerate(net, amp=False):
 @lru_cache(1)
 def examples():
     """(What runs a layer, all that decides what the layer computes), for the layers as unet.py sets them up."""
-    pairs = (
-        (layers.double_conv, unet.DoubleConv(1, 1)),
-        (layers.max_pool, nn.MaxPool2d(2)),
-        (layers.transposed, nn.ConvTranspose2d(1, 1, 2, stride=2)),
-        (layers.upsample, nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
-        (layers.pointwise, nn.Conv2d(1, 1, 1)),
-        (layers.pad, unet.PadTo()),
-        (layers.dropout, unet.Dropout(0.5)),
-    )
-    return [(run, setup(layer)) for run, layer in pairs]
+    upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    known = {layers.double_conv: unet.DoubleConv(1, 1), layers.max_pool: nn.MaxPool2d(2), layers.upsample: upsample}
+    known |= {layers.transposed: nn.ConvTranspose2d(1, 1, 2, stride=2), layers.pointwise: nn.Conv2d(1, 1, 1)}
+    known |= {layers.pad: unet.PadTo(), layers.dropout: unet.Dropout(0.5)}
+    return [(run, setup(layer)) for run, layer in known.items()]
 
 
 def layers_of(module):
-    """Yields (layer, its function) for all layers in a module; LookupError for one that has none."""
-    for run, example in examples():
-        if setup(module) == example:
-            yield module, run
-            return
-    if type(module) not in CONTAINERS:
-        raise LookupError(module)
-    for child in module.children():
-        yield from layers_of(child)
+    """Yields (layer, its function) for all layers in a module, None for one that is unknown."""
+    run = next((run for run, example in examples() if setup(module) == example), None)
+    if run or type(module) not in CONTAINERS:
+        yield module, run
+    else:
+        for child in module.children():
+            yield from layers_of(child)
 
 
 @lru_cache(None)
@@ -100,7 +88,6 @@ def twin(kind, run):
         def forward(self, *inputs):
             return run(self, *inputs) if isinstance(inputs[0], layers.Image) else kind.forward(self, *inputs)
 
-    Twin.__name__ = kind.__name__
     return Twin
 
 
@@ -108,9 +95,8 @@ def setup(module):
     """All that decides what a module computes, but for its numbers."""
     names = "kernel_size stride padding dilation groups output_padding padding_mode ceil_mode return_indices"
     names += " affine track_running_stats size scale_factor mode align_corners"
-    values = [getattr(module, name, None) for name in names.split()]
-    has_bias, cumulative = (getattr(module, "bias", None) is not None, getattr(module, "momentum", 0) is None)
-    return type(module), values, has_bias, cumulative, *map(setup, module.children())
+    values = *(getattr(module, name, None) for name in names.split()), getattr(module, "momentum", 0) is None
+    return type(module), values, getattr(module, "bias", None) is None, *map(setup, module.children())
 
 
 class Accelerated:
@@ -140,8 +126,7 @@ class Accelerated:
             tape.play()
             gradients = [None if x.gradient is None else self.to_array(x.gradient) for x in images]
             gradients += [tape.gradients.get(parameter) for parameter in parameters]
-            pairs = zip(gradients, needed, strict=True)
-            return tuple(flow.from_numpy(gradient) if need else None for gradient, need in pairs)
+            return tuple(flow.from_numpy(g) if need else None for g, need in zip(gradients, needed, strict=True))
 
         if not tape.recording:
             return forward(None)
@@ -179,13 +164,12 @@ def why_not():
 
 
 def has_bfloat16():
-    """Whether the kernels can run here and the CPU multiplies bfloat16 in hardware."""
+    """Whether the kernels run here and the CPU multiplies bfloat16 in hardware."""
     return why_not() is None and dnn.library().has(dnn.AVX512_BF16)
 
 
 def keep_memory():
     """Tell malloc to keep what is freed: the next step wants it again, and new pages are slow."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -69,9 +69,9 @@ class Image:
         return image
 
     def receive(self, gradient):
-        if gradient is not None and self.gradient is not None:
-            combine(dnn.ADD, gradient, self.gradient, gradient)
-        self.gradient = self.gradient if gradient is None else gradient
+        if gradient is not None:
+            first = self.gradient is None
+            self.gradient = gradient if first else combine(dnn.ADD, gradient, self.gradient, gradient)
 
 
 def combine(algorithm, array, other, out):
@@ -81,55 +81,49 @@ def combine(algorithm, array, other, out):
     return out
 
 
-class Convolution:
-    """y = w * x + bias for w (K, C, k, k), float32, with stride 1 and a border of k // 2; oneDNN's three primitives.
+def convolve(x, w, bias=None, type=None, normalised=None, recording=True):
+    """y = w * x + bias for w (K, C, k, k), float32, with stride 1 and a border of k // 2 -> (y, backward).
 
-    type: of y, by default that of x. then, extra: what is done to y, as primitive() takes it, and its arrays.
+    type: of y, by default that of x. normalised: (scale, shift) makes it max(0, scale y + shift), without a way back.
+    backward(dy, wanted) gives dx (if wanted), dw and dbias: dx is dy * w with w rotated by 180 degrees, dw is x * dy.
     """
+    y = empty((*x.shape[:3], len(w)), type or x.dtype)
+    images, shape, border = layout_of(x), x.shape, (w.shape[2] // 2,) * 2
+    weights, biases = Layout(w.shape, None, x.dtype), None if bias is None else Layout(bias.shape, (1,))
+    geometry = (1, 1), (0, 0), border, border
+    arguments = dnn.DIRECT, images, weights, biases, layout_of(y), *geometry
+    kind = dnn.FORWARD if recording else dnn.INFERENCE
+    forward = primitive("convolution_forward", kind, *arguments, normalised=len(w) if normalised else 0)
+    arrays = {dnn.SRC: x, dnn.WEIGHTS: forward.pack(dnn.WEIGHTS, w), dnn.DST: y} | ({dnn.BIAS: bias} if biases else {})
+    forward(arrays | dict(zip((dnn.POST_SCALE, dnn.POST_SHIFT), normalised or (), strict=False)))
 
-    def __init__(self, x, w, bias=None, type=None, then=(), extra=(), recording=True):
-        self.x, self.w, self.bias = x, w, bias
-        self.y = empty((*x.shape[:3], len(w)), type or x.dtype)
-        border = (w.shape[2] // 2,) * 2
-        self.geometry = (1, 1), (0, 0), border, border
-        biases = None if bias is None else Layout(bias.shape, (1,))
-        self.layouts = layout_of(x), Layout(w.shape, None, x.dtype), biases
-        kind = dnn.FORWARD if recording else dnn.INFERENCE
-        arguments = kind, dnn.DIRECT, *self.layouts, layout_of(self.y), *self.geometry
-        self.forward = primitive("convolution_forward", *arguments, then=then)
-        arrays = {dnn.SRC: x, dnn.WEIGHTS: self.forward.pack(dnn.WEIGHTS, w), dnn.DST: self.y}
-        arrays |= {dnn.then_argument(i): array for i, array in enumerate(extra)}
-        self.forward(arrays | ({} if bias is None else {dnn.BIAS: bias}))
-
-    def backward(self, dy, wanted):
-        """dy -> (dx where that is wanted, dw, dbias); dx is dy * w with w rotated by 180 degrees, dw is x * dy."""
-        x, w, bias = self.layouts
+    def backward(dy, wanted):
         dx = dbias = None
         if wanted:
-            dx = empty(self.x.shape, self.x.dtype)
-            arguments = dnn.DIRECT, x, w, layout_of(dy), *self.geometry
-            data = primitive("convolution_backward_data", *arguments, hint=self.forward)
-            data({dnn.DIFF_DST: dy, dnn.WEIGHTS: data.pack(dnn.WEIGHTS, self.w), dnn.DIFF_SRC: dx})
-        arguments = dnn.DIRECT, x, w._replace(type=FLOAT32), bias, layout_of(dy), *self.geometry
-        weights = primitive("convolution_backward_weights", *arguments, hint=self.forward)
-        arrays = {dnn.SRC: self.x, dnn.DIFF_DST: dy, dnn.DIFF_WEIGHTS: weights.empty(dnn.DIFF_WEIGHTS)}
-        if bias:
-            dbias = arrays[dnn.DIFF_BIAS] = np.empty_like(self.bias)
-        weights(arrays)
-        return (dx, weights.unpack(dnn.DIFF_WEIGHTS, arrays[dnn.DIFF_WEIGHTS], np.empty_like(self.w)), dbias)
+            dx, arguments = empty(shape, dy.dtype), (dnn.DIRECT, images, weights, layout_of(dy), *geometry)
+            data = primitive("convolution_backward_data", *arguments, hint=forward)
+            data({dnn.DIFF_DST: dy, dnn.WEIGHTS: data.pack(dnn.WEIGHTS, w), dnn.DIFF_SRC: dx})
+        arguments = dnn.DIRECT, images, weights._replace(type=FLOAT32), biases, layout_of(dy), *geometry
+        gradient = primitive("convolution_backward_weights", *arguments, hint=forward)
+        arrays = {dnn.SRC: x, dnn.DIFF_DST: dy, dnn.DIFF_WEIGHTS: gradient.empty(dnn.DIFF_WEIGHTS)}
+        if biases:
+            dbias = arrays[dnn.DIFF_BIAS] = np.empty_like(bias)
+        gradient(arrays)
+        return dx, gradient.unpack(dnn.DIFF_WEIGHTS, arrays[dnn.DIFF_WEIGHTS], np.empty_like(w)), dbias
+
+    return y, backward
 
 
 def pointwise(layer, x):
     """nn.Conv2d with a 1x1 kernel. Its output is float32, since the loss reads it."""
     tape, parameters = x.tape, (layer.weight, layer.bias)
-    made = Convolution(x.array, *(tape.arrays[p] for p in parameters), FLOAT32, recording=tape.recording)
+    y, back = convolve(x.array, *(tape.arrays[p] for p in parameters), FLOAT32, recording=tape.recording)
 
     def backward(dy):
-        dx, *gradients = made.backward(dy, x.wanted)
+        dx, *gradients = back(dy, x.wanted)
         tape.gradients.update(zip(parameters, gradients, strict=True))
         return dx
 
-    y, made.y = made.y, None
     return x.then(y, backward)
 
 
@@ -138,15 +132,15 @@ def transposed(layer, x):
     tape, (images, height, width, channels), count = x.tape, x.array.shape, layer.weight.shape[1]
     w = dnn.copy(tape.arrays[layer.weight].transpose(2, 3, 1, 0), empty((2, 2, count, channels)))
     w, bias = w.reshape(4 * count, channels, 1, 1), np.tile(tape.arrays[layer.bias], 4)
-    made = Convolution(x.array, w, bias, recording=tape.recording)
+    pixels, back = convolve(x.array, w, bias, recording=tape.recording)
     split = images, height, width, 2, 2, count  # of a pixel's numbers: row, column, channel
     y = empty((images, height, 2, width, 2, count), x.array.dtype)
-    dnn.copy(made.y.reshape(split), y.transpose(0, 1, 3, 2, 4, 5))
-    made.y = None  # its memory
+    dnn.copy(pixels.reshape(split), y.transpose(0, 1, 3, 2, 4, 5))
+    doubled = y.shape
 
     def backward(dy):
-        parts = dnn.copy(dy.reshape(y.shape).transpose(0, 1, 3, 2, 4, 5), empty(split, dy.dtype))
-        dx, dw, dbias = made.backward(parts.reshape(images, height, width, -1), x.wanted)
+        parts = dnn.copy(dy.reshape(doubled).transpose(0, 1, 3, 2, 4, 5), empty(split, dy.dtype))
+        dx, dw, dbias = back(parts.reshape(images, height, width, -1), x.wanted)
         gradient = np.empty(layer.weight.shape, np.float32)
         dnn.copy(dw.reshape(2, 2, count, channels), gradient.transpose(2, 3, 1, 0))
         tape.gradients.update({layer.weight: gradient, layer.bias: dbias.reshape(4, -1).sum(0)})
@@ -164,93 +158,87 @@ def double_conv(layer, *parts):
 
 
 def half(x, conv, norm):
+    """3x3 convolution, batch normalisation, ReLU. The convolution is without its bias, which only moves the mean."""
     tape, parameters = x.tape, (norm.weight, norm.bias, conv.bias, conv.weight)
     gamma, beta, bias, w = (tape.arrays[p] for p in parameters)
     mean, variance = tape.arrays[norm.running_mean], tape.arrays[norm.running_var]
+    scale = gamma / np.sqrt(variance + np.float32(norm.eps))
     if not tape.recording and not norm.training:  # all in one primitive
-        scale = gamma / np.sqrt(variance + np.float32(norm.eps))
-        layout = Layout((1, len(scale), 1, 1), (len(scale), 1, 1, 1))
-        then, extra = (((dnn.MULTIPLY, layout), (dnn.ADD, layout), dnn.RELU), (scale, beta + scale * (bias - mean)))
-        return x.then(Convolution(x.array, w, then=then, extra=extra, recording=False).y, None)
-    made = Convolution(x.array, w, recording=tape.recording)
-    z, made.y = made.y, None  # kept by who needs them, not longer
-    normal = Normalisation(z, gamma, beta, None if norm.training else (mean - bias, variance), norm.eps)
-    y, normal.y = normal.y, None
+        normalised = scale, beta + scale * (bias - mean)
+        return x.then(convolve(x.array, w, normalised=normalised, recording=False)[0], None)
+    z, convolution_back = convolve(x.array, w, recording=tape.recording)
+    statistics = None if norm.training else (mean - bias, variance)
+    y, batch_mean, batch_variance, back = normalise(z, gamma, beta, statistics, norm.eps)
     if norm.training:
-        count = y.size // len(beta)
-        old, new = np.float32(1 - norm.momentum), np.float32(norm.momentum)
-        unbiased = normal.variance * np.float32(count / max(count - 1, 1))
-        moves = (norm.running_mean, mean, normal.mean + bias), (norm.running_var, variance, unbiased)
+        count = z.size // len(beta)
+        momentum, unbiased = np.float32(norm.momentum), batch_variance * np.float32(count / max(count - 1, 1))
+        moves = (norm.running_mean, mean, batch_mean + bias), (norm.running_var, variance, unbiased)
         for buffer, before, batch in moves:
-            tape.later.append(partial(buffer.copy_, flow.from_numpy(old * before + new * batch)))
+            tape.later.append(partial(buffer.copy_, flow.from_numpy(before + momentum * (batch - before))))
         tape.later.append(partial(norm.num_batches_tracked.add_, 1))
+    trained = norm.training  # and so the batch's mean takes a bias away again
 
     def backward(dy):
-        dz, dgamma, dbeta = normal.backward(dy)
-        dx, dw, _ = made.backward(dz, x.wanted)
-        # the batch's mean takes a bias away again
-        dbias = np.zeros_like(bias) if norm.training else gamma / np.sqrt(variance + np.float32(norm.eps)) * dbeta
+        dz, dgamma, dbeta = back(dy)
+        dx, dw, _ = convolution_back(dz, x.wanted)
+        dbias = np.zeros_like(bias) if trained else scale * dbeta
         tape.gradients.update(zip(parameters, (dgamma, dbeta, dbias, dw), strict=True))
         return dx
 
     return x.then(y, backward)
 
 
-class Normalisation:
-    """y = max(0, batch normalisation of z), Ioffe and Szegedy (2015), arXiv:1502.03167.
+def normalise(z, gamma, beta, statistics, eps):
+    """y = max(0, batch normalisation of z) -> (y, mean, variance, backward). Ioffe, Szegedy (2015), arXiv:1502.03167.
 
-    statistics: the mean and the variance to use; None takes those of z. Kept as `mean` and `variance`, biased.
+    statistics: (mean, variance) to use; None takes those of z, the variance biased. backward(dy) gives dz, which takes
+    the place of dy, and the gradients of gamma and beta.
     """
+    mean, variance = statistics or (np.empty_like(gamma), np.empty_like(gamma))
+    setup = eps, dnn.USE_SCALE | dnn.USE_SHIFT | dnn.FUSE_RELU | (dnn.GLOBAL_STATISTICS if statistics else 0)
+    y, images = empty(z.shape, z.dtype), layout_of(z)
+    forward = primitive("batch_normalization_forward", dnn.FORWARD, images, images, *setup)
+    arrays = {dnn.SRC: z, dnn.MEAN: mean, dnn.VARIANCE: variance, dnn.SCALE: gamma}
+    arrays[dnn.WORKSPACE] = forward.empty(dnn.WORKSPACE)  # which ReLUs are open
+    forward(arrays | {dnn.DST: y, dnn.SHIFT: beta})
 
-    def __init__(self, z, gamma, beta, statistics, eps):
-        self.mean, self.variance = statistics or (np.empty_like(gamma), np.empty_like(gamma))
-        flags = dnn.USE_SCALE | dnn.USE_SHIFT | dnn.FUSE_RELU | (dnn.GLOBAL_STATISTICS if statistics else 0)
-        self.setup, self.y = (eps, flags), empty(z.shape, z.dtype)
-        layouts = layout_of(z), layout_of(self.y)
-        self.forward = primitive("batch_normalization_forward", dnn.FORWARD, *layouts, *self.setup)
-        self.arrays = {dnn.SRC: z, dnn.MEAN: self.mean, dnn.VARIANCE: self.variance, dnn.SCALE: gamma}
-        self.arrays[dnn.WORKSPACE] = self.forward.empty(dnn.WORKSPACE)  # which ReLUs are open
-        self.forward(self.arrays | {dnn.DST: self.y, dnn.SHIFT: beta})
-
-    def backward(self, dy):
-        """dy -> (dz, gradients of gamma and beta); dz takes the place of dy. Once: z is let go of."""
-        dgamma, dbeta = np.empty_like(self.mean), np.empty_like(self.mean)
-        arguments = dnn.BACKWARD, layout_of(dy), layout_of(dy), layout_of(dy), *self.setup
-        backward = primitive("batch_normalization_backward", *arguments, hint=self.forward)
-        self.arrays |= {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta}
-        backward(self.arrays)
-        self.arrays = None
+    def backward(dy):
+        dgamma, dbeta = np.empty_like(gamma), np.empty_like(gamma)
+        back = primitive("batch_normalization_backward", dnn.BACKWARD, images, images, images, *setup, hint=forward)
+        gradients = {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta}
+        back(arrays | gradients)
+        arrays.clear()  # here memory use is highest
         return dy, dgamma, dbeta
+
+    return y, mean, variance, backward
 
 
 def concatenate(images):
     first = images[0].array
     ends = np.cumsum([0, *(image.shape[1] for image in images)])
-    windows = [np.s_[..., a:b] for a, b in pairwise(ends)]
-    array = empty((*first.shape[:3], ends[-1]), first.dtype)
+    array, windows = empty((*first.shape[:3], ends[-1]), first.dtype), [np.s_[..., a:b] for a, b in pairwise(ends)]
     for image, window in zip(images, windows, strict=True):
         dnn.copy(image.array, array[window])
 
     def backward(gradient):
-        for image, window in zip(images, windows, strict=True):
-            image.receive(dnn.copy(gradient[window], empty(gradient[window].shape, gradient.dtype)))
+        for image, part in zip(images, (gradient[window] for window in windows), strict=True):
+            image.receive(dnn.copy(part, empty(part.shape, part.dtype)))
 
     return images[0].then(array, backward)
 
 
 def max_pool(layer, x):
     """nn.MaxPool2d(2). The first of several equal maxima gets the gradient, as in OneFlow."""
-    images, height, width, channels = x.array.shape
+    shape = images, height, width, channels = x.array.shape
     y = empty((images, height // 2, width // 2, channels), x.array.dtype)
-    arguments = (dnn.POOL_MAX, layout_of(x.array), layout_of(y), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0))
+    arguments = dnn.POOL_MAX, layout_of(x.array), layout_of(y), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0)
     pool = primitive("pooling_forward", dnn.FORWARD, *arguments)
-    chosen = pool.empty(dnn.WORKSPACE)
-    pool({dnn.SRC: x.array, dnn.DST: y, dnn.WORKSPACE: chosen})
+    chosen = {dnn.WORKSPACE: pool.empty(dnn.WORKSPACE)}
+    pool({dnn.SRC: x.array, dnn.DST: y} | chosen)
 
     def backward(dy):
-        dx = empty((images, height, width, channels), dy.dtype)
-        spread = primitive("pooling_backward", *arguments, hint=pool)
-        spread({dnn.DIFF_DST: dy, dnn.DIFF_SRC: dx, dnn.WORKSPACE: chosen})
+        dx = empty(shape, dy.dtype)
+        primitive("pooling_backward", *arguments, hint=pool)({dnn.DIFF_DST: dy, dnn.DIFF_SRC: dx} | chosen)
         return dx
 
     return x.then(y, backward)

@@ -3,12 +3,9 @@
     conv = primitive("convolution_forward", FORWARD, DIRECT, source, ANY, ...)   # made once, then cached
     conv({SRC: image, WEIGHTS: conv.pack(WEIGHTS, weight), DST: out})            # runs on all threads
 
-An operation of the library, a *primitive*, is made for fixed shapes. `primitive(name, ...)` takes what the C function
-dnnl_NAME_primitive_desc_create takes between its engine and its attributes, with a Layout for each memory descriptor.
-Its documentation: https://uxlfoundation.github.io/oneDNN (version 3.2).
-
-Images are NumPy arrays (N, H, W, C), channels last, float32, or uint16 that holds the bits of bfloat16, which NumPy
-doesn't know. Calls return when all is computed; what is not finite goes on without a word, as in OneFlow.
+An operation of the library, a *primitive*, is made for fixed shapes. Images are NumPy arrays (N, H, W, C), channels
+last, float32, or uint16 that holds the bits of bfloat16, which NumPy doesn't know. Calls return when all is computed.
+The library's documentation: https://uxlfoundation.github.io/oneDNN (version 3.2).
 """
 
 import ctypes
@@ -21,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = (1, 2, 17, 33, 41, 49, 50, 51, 52, 64)
+SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = 1, 2, 17, 33, 41, 49, 50, 51, 52, 64
+POST_SCALE, POST_SHIFT = 1 << 15 | SRC_1, 2 << 15 | SRC_1
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, DIFF_SCALE, DIFF_SHIFT = 129, 145, 161, 169, 255, 256
 FORWARD, INFERENCE, BACKWARD = 64, 96, 128  # kinds of propagation
-DIRECT, DIRECT_TRANSPOSED, POOL_MAX, RELU, ADD, MULTIPLY = (1, 0xA, 0x1FF, 0x20, 0x1FFF0, 0x1FFF1)  # algorithms
+DIRECT, POOL_MAX, RELU, ADD, MULTIPLY = 1, 0x1FF, 0x20, 0x1FFF0, 0x1FFF1  # algorithms
 GLOBAL_STATISTICS, USE_SCALE, USE_SHIFT, FUSE_RELU = 1, 2, 4, 8  # of batch normalisation
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
 TYPES, ANY = {FLOAT32: 3, BFLOAT16: 2}, 1
@@ -63,18 +61,10 @@ class Library:
 
     def __init__(self):
         path = os.path.join(sysconfig.get_path("data"), "lib", "libdnnl.so.3")
-        # OpenMP's idle threads would spin on the cores that OneFlow's need. It reads this when it is loaded.
-        before = os.environ.get("GOMP_SPINCOUNT")
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        try:
-            self.functions = ctypes.CDLL(path)
-        finally:
-            if before is None:
-                del os.environ["GOMP_SPINCOUNT"]
-        self.descriptor, self.size = (
-            self.functions.dnnl_primitive_desc_query_md,
-            self.functions.dnnl_memory_desc_get_size,
-        )
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's idle threads would spin on cores that OneFlow needs
+        self.functions = ctypes.CDLL(path)
+        self.descriptor = self.functions.dnnl_primitive_desc_query_md
+        self.size = self.functions.dnnl_memory_desc_get_size
         self.descriptor.restype, self.size.restype = ctypes.c_void_p, ctypes.c_size_t
         self.process = os.getpid()
         self.lock = threading.Lock()  # a primitive is told where its arrays are before it runs
@@ -91,9 +81,7 @@ class Library:
         return self.functions.dnnl_get_effective_cpu_isa() & instructions == instructions
 
 
-@lru_cache(1)
-def library():
-    return Library()
+library = lru_cache(1)(Library)
 
 
 class Argument(ctypes.Structure):
@@ -105,18 +93,21 @@ def dims(numbers):
 
 
 class Primitive:
-    """See primitive()."""
+    """What dnnl_{name}_primitive_desc_create makes of the arguments; calling it with {argument: array} runs it.
 
-    def __init__(self, name, *arguments, hint=None, then=()):
+    arguments: what that C function takes between its engine and its attributes: Layouts, tuples, numbers, None. hint:
+    the forward primitive that a backward one belongs to. normalised: channels of a result y that becomes
+    max(0, y * array of POST_SCALE + array of POST_SHIFT).
+    """
+
+    def __init__(self, name, *arguments, hint=None, normalised=0):
         self.library, self.name, self.memories, self.reorders = library(), name, {}, {}
-        self.description, self.handle, attributes = (ctypes.c_void_p() for _ in range(3))
-        made = []
+        self.description, self.handle, made = ctypes.c_void_p(), ctypes.c_void_p(), []
         passed = [self.translate(argument, made) for argument in arguments]
         # A reorder wants the engine of its source and of its target, all others want one in front.
         passed[1 if name == "reorder" else 0 : 0] = [self.library.engine]
         passed += [self.library.engine] * (name == "reorder") + ([hint.description] if hint else [])
-        self.library("primitive_attr_create", ctypes.byref(attributes))
-        self.append(then, attributes, made)
+        attributes = self.normalise(normalised, made) if normalised else None
         self.library(f"{name}_primitive_desc_create", ctypes.byref(self.description), *passed, attributes)
         self.library("primitive_attr_destroy", attributes)
         for descriptor in made:
@@ -133,21 +124,21 @@ class Primitive:
             else:
                 self.library("memory_desc_create_with_strides", *start, dims(argument.strides))
             return made[-1]
-        if isinstance(argument, tuple):
-            return dims(argument)
-        return ctypes.c_float(argument) if isinstance(argument, float) else argument
+        kinds = {tuple: dims, float: ctypes.c_float}
+        return kinds.get(type(argument), lambda same: same)(argument)
 
-    def append(self, then, attributes, made):
-        operations, zero = ctypes.c_void_p(), ctypes.c_float(0)
+    def normalise(self, channels, made):
+        """The attributes that multiply a result by POST_SCALE, add POST_SHIFT and apply max(0, .)"""
+        attributes, operations, zero = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float(0)
+        self.library("primitive_attr_create", ctypes.byref(attributes))
         self.library("post_ops_create", ctypes.byref(operations))
-        for operation in then:
-            if operation == RELU:
-                self.library("post_ops_append_eltwise", operations, RELU, zero, zero)
-            else:
-                algorithm, layout_of_array = operation
-                self.library("post_ops_append_binary", operations, algorithm, self.translate(layout_of_array, made))
+        for algorithm in (MULTIPLY, ADD):
+            one_a_channel = self.translate(Layout((1, channels, 1, 1), (channels, 1, 1, 1)), made)
+            self.library("post_ops_append_binary", operations, algorithm, one_a_channel)
+        self.library("post_ops_append_eltwise", operations, RELU, zero, zero)
         self.library("primitive_attr_set_post_ops", attributes, operations)
         self.library("post_ops_destroy", operations)
+        return attributes
 
     def __del__(self):
         for memory in self.memories.values():
@@ -165,20 +156,19 @@ class Primitive:
 
     def pack(self, argument, array):
         """A copy of an array in the layout and the type that the primitive has chosen for an argument."""
-        packed = self.empty(argument)
-        self.reorder(layout(array), self.wanted(argument), argument)({SRC: array, DST: packed})
+        packed, plain = self.empty(argument), layout(array)
+        if plain not in self.reorders:
+            self.reorders[plain] = Primitive("reorder", plain, self.wanted(argument))
+        self.reorders[plain]({SRC: array, DST: packed})
         return packed
 
     def unpack(self, argument, packed, array):
         """The inverse of pack(): writes to `array` and returns it."""
-        self.reorder(self.wanted(argument), layout(array), argument)({SRC: packed, DST: array})
+        plain = layout(array)
+        if plain not in self.reorders:
+            self.reorders[plain] = Primitive("reorder", self.wanted(argument), plain)
+        self.reorders[plain]({SRC: packed, DST: array})
         return array
-
-    def reorder(self, source, target, argument):
-        key = argument, source if isinstance(source, Layout) else target
-        if key not in self.reorders:
-            self.reorders[key] = Primitive("reorder", source, target)
-        return self.reorders[key]
 
     def __call__(self, arrays):
         arguments = (Argument * len(arrays))()
@@ -193,18 +183,7 @@ class Primitive:
             self.library("primitive_execute", self.handle, self.library.stream, len(arrays), arguments)
 
 
-@lru_cache(4096)
-def primitive(name, *arguments, hint=None, then=()):
-    """The primitive that dnnl_{name}_primitive_desc_create makes of these arguments; the same ones give the same.
-
-    arguments: Layouts, tuples of sizes, numbers, None. hint: the forward primitive that a backward one belongs to.
-    then: what is done to the result: RELU, or (ADD or MULTIPLY, Layout), whose array the i-th gets as then_argument(i).
-    """
-    return Primitive(name, *arguments, hint=hint, then=then)
-
-
-def then_argument(i):
-    return 32768 * (i + 1) | SRC_1
+primitive = lru_cache(4096)(Primitive)
 
 
 def copy(source, target):

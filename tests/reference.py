@@ -67,9 +67,7 @@ def normalise(x, gamma, beta, mean, variance, training, eps=1e-5):
     def backward(dy):
         dhat = dy * gamma.array.reshape(shape)
         if training:
-            dhat = (
-                dhat - dhat.mean(axes).reshape(shape) - hat * (dhat * hat).mean(axes).reshape(shape)
-            )
+            dhat = dhat - dhat.mean(axes).reshape(shape) - hat * (dhat * hat).mean(axes).reshape(shape)
         return dhat * inverse.reshape(shape), (dy * hat).sum(axes), dy.sum(axes)
 
     return Value(y, (x, gamma, beta), backward), mean, variance
@@ -123,9 +121,7 @@ def interpolate(x):
         return rows
 
     vertical, horizontal = (matrix(size) for size in x.array.shape[2:])
-    return Value(
-        vertical @ x.array @ horizontal.T, (x,), lambda dy: (vertical.T @ dy @ horizontal,)
-    )
+    return Value(vertical @ x.array @ horizontal.T, (x,), lambda dy: (vertical.T @ dy @ horizontal,))
 
 
 def join(skip, x):
@@ -188,11 +184,7 @@ class Reference:
             skips.append(x)
         for level in range(1, 5):
             up = f"up{level}.up"
-            x = (
-                upsample(x, *self.named(up))
-                if f"{up}.weight" in self.parameters
-                else interpolate(x)
-            )
+            x = upsample(x, *self.named(up)) if f"{up}.weight" in self.parameters else interpolate(x)
             x = self.double_conv(join(skips[4 - level], x), f"up{level}.conv.", training)
         return conv1x1(x, *self.named("outc.conv"))
 

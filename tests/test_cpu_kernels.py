@@ -166,11 +166,7 @@ def test_accumulated_frozen_and_no_gradients():
     for name, parameter in net.named_parameters():
         assert distance(parameter.grad.numpy(), one[name] + two[name]) < 1e-5
 
-    frozen = (
-        "down1.maxpool_conv.1.double_conv.3.weight",
-        "up2.up.weight",
-        "inc.double_conv.1.bias",
-    )
+    frozen = ("down1.maxpool_conv.1.double_conv.3.weight", "up2.up.weight", "inc.double_conv.1.bias")
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in frozen)
     some = gradients(net, first)
@@ -367,7 +363,7 @@ def test_where_the_kernels_cannot_run_a_line_says_why(break_it, said):
     """OneFlow's own kernels run then, and one line on stderr says what to install; amp is refused."""
     code = f"""
 import ctypes, sys, sysconfig
-import dataloader, cpu_kernels, unet
+import cpu_kernels, unet
 from cpu_kernels import onednn as dnn
 import oneflow as flow
 {break_it}
@@ -438,7 +434,7 @@ def test_late_readers_see_what_was_computed():
 
 MEMORY = """
 import gc
-import dataloader, cpu_kernels, unet
+import cpu_kernels, unet
 import numpy as np
 import oneflow as flow
 
@@ -501,8 +497,8 @@ def test_training_curves_agree():
 
 DRIVER = """
 import sys
-import time
-import dataloader, cpu_kernels, unet
+import common.ranks
+import cpu_kernels, unet
 import numpy as np
 import oneflow as flow
 from oneflow.nn.parallel import DistributedDataParallel as ddp
@@ -541,20 +537,13 @@ def test_flag_of_the_scripts(slices, tmp_path):
         (tmp_path / kind).mkdir()
         flags = ("--data_path", slices, "--cpu_kernels", kind, "--val_count", 2)
         train(*flags, "--epochs", 2, cwd=tmp_path / kind)
-        train(
-            *("--data_path", slices, "--epochs", 3, "--resume", "checkpoints/last.safetensors"),
-            cwd=tmp_path / kind,
-        )
+        train(*("--data_path", slices, "--epochs", 3, "--resume", "checkpoints/last.safetensors"), cwd=tmp_path / kind)
         assert metadata_of(tmp_path / kind / "checkpoints/last.safetensors")["arguments"]["cpu_kernels"] == kind
     rows = {kind: (tmp_path / kind / "Unet_train.txt").read_text().split() for kind in ("auto", "off")}
     assert np.allclose(*(np.array(rows[kind], float) for kind in ("auto", "off")), atol=0.02)
     for kind in ("auto", "off"):
         done = script(
-            *(
-                "predict_unet_test.py",
-                "--checkpoint",
-                tmp_path / "auto/checkpoints/best.safetensors",
-            ),
+            *("predict_unet_test.py", "--checkpoint", tmp_path / "auto/checkpoints/best.safetensors"),
             *("--Test_Data_path", slices, "--save_res_path", tmp_path / kind / "out"),
             *("--cpu_kernels", kind, "--stack", tmp_path / f"{kind}.tif", "--device", "cpu"),
             cwd=tmp_path,

@@ -144,10 +144,7 @@ def test_killed_and_resumed_is_the_same_run(processes, slices, tmp_path, request
     done = subprocess.run(command_of(processes, *flags, *again), cwd=parts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, parts)
-    assert {path.name for path in (parts / FOLDER).iterdir()} == {
-        "last.safetensors",
-        "best.safetensors",
-    }
+    assert {path.name for path in (parts / FOLDER).iterdir()} == {"last.safetensors", "best.safetensors"}
 
 
 def test_an_interrupt_at_any_moment(slices, tmp_path, request):

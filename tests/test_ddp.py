@@ -96,12 +96,7 @@ def test_processes_train_one_net(processes, slices, tmp_path, request):
     done = run_driver(tmp_path, None, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
     assert "shutdown" not in done.stdout
-    for said in (
-        f"device: cpu, {processes} processes",
-        "5 training slices",
-        "epoch: 1 ",
-        "epoch: 2 ",
-    ):
+    for said in (f"device: cpu, {processes} processes", "5 training slices", "epoch: 1 ", "epoch: 2 "):
         assert done.stdout.count(said) == 1, done.stdout
     ranks = [np.load(tmp_path / f"rank{rank}-epoch2.npz") for rank in range(processes)]
     for name in ranks[0].files:
@@ -124,10 +119,7 @@ def test_processes_train_one_net(processes, slices, tmp_path, request):
         assert float(row["val_loss"]) == pytest.approx(val_loss, abs=1e-6)
         assert float(row["val_misclassification"]) == pytest.approx(val_error, abs=1e-6)
         assert float(row["val_v_rand"]) == pytest.approx(max(v_rand), abs=1e-6)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best.safetensors",
-        "last.safetensors",
-    ]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.safetensors", "last.safetensors"]
 
 
 class Slices(list):

@@ -22,11 +22,7 @@ import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare.py"
-STACKS = {
-    "train-volume.tif": "train_image",
-    "train-labels.tif": "train_label",
-    "test-volume.tif": "test_image",
-}
+STACKS = {"train-volume.tif": "train_image", "train-labels.tif": "train_label", "test-volume.tif": "test_image"}
 # Runs the script after setting constants in it. With "kill" = n the process kills itself, as kill -9 would, at its n-th
 # step that changes a file or folder.
 DRIVER = """
@@ -57,13 +53,7 @@ def command(*args, **patches):
 
 
 def run(*args, preexec_fn=None, **patches):
-    return subprocess.run(
-        command(*args, **patches),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=preexec_fn,
-    )
+    return subprocess.run(command(*args, **patches), capture_output=True, text=True, timeout=60, preexec_fn=preexec_fn)
 
 
 def tree(folder):

@@ -45,17 +45,7 @@ def test_train_then_test(copy):
     shutil.rmtree(copy / "predict_image")
 
     shutil.rmtree(copy / "data/train_image")  # now train.sh's turn
-    flags = (
-        *SMALL,
-        "--epochs",
-        "2",
-        "--crop",
-        "64",
-        "--val_count",
-        "2",
-        "--log_file",
-        "my log.txt",
-    )
+    flags = (*SMALL, "--epochs", "2", "--crop", "64", "--val_count", "2", "--log_file", "my log.txt")
     done = bash(copy / "train.sh", *flags, cwd=copy, env=offline)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC SAMPLE" in done.stdout and "mean NOTHING for real tissue" in done.stdout
