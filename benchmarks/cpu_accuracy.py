@@ -1,121 +1,107 @@
-"""How exact are cpu_kernels.py and OneFlow's own kernels? Against float64 NumPy, and as a curve.
+"""How exact are the CPU kernels? Distances from float64 NumPy, beside OneFlow's own kernels and PyTorch's.
 
     source env.sh
-    python3 benchmarks/cpu_accuracy.py --data_path data/train_image
+    python3 benchmarks/cpu_accuracy.py
 
-Prints, for a U-Net of 16 base channels in training mode, the relative distances (L2 norm) of the
-logits, of all gradients together and of the running statistics from those of a float64 reference
-(tests/reference.py), median and largest of 12 seeds. Trains twice for 200 steps on the same random
-crops, with and without the kernels, prints the losses and draws both curves into --chart.
+For a U-Net of 16 channels in training mode and random images of 128 x 128 pixels: the relative distances (L2 norm) of
+the logits, of all gradients together and of the running statistics from those of tests/reference.py, median and
+(largest) of 12 seeds. PyTorch, in bfloat16 by autocast, runs in its own environment, see cpu_step.py.
 """
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
-
-import engine  # noqa: E402, quiets oneflow
-from cpu_kernels import accelerate  # noqa: E402
-from dataloader import SelfDataSet  # noqa: E402
-from reference import Reference, Value, distance  # noqa: E402
-from unet import UNet  # noqa: E402
-
-import matplotlib  # noqa: E402
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 import numpy as np  # noqa: E402
-import oneflow as flow  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from cpu_step import BFLOAT16, FLOAT32, STOCK, TORCH, torch_unet  # noqa: E402
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-KINDS = ("OneFlow", "OneFlow, cpu_kernels")
-STEPS = 200
+NAMES = (STOCK, FLOAT32, TORCH[1], BFLOAT16, TORCH[3])
+SEEDS = 12
 
 
-def make_net(kind, seed):
-    flow.manual_seed(seed)
-    net = UNet(1, 1, bilinear=False, base_channels=16)
-    return accelerate(net) if kind != "OneFlow" else net
+def compute(name, folder):
+    """Write what an implementation computes from the weights and images in the folder, seed by seed."""
+    amp = name.endswith("bfloat16")
+    if name in TORCH:
+        import torch as flow
+
+        UNet = torch_unet()
+    else:
+        from unet import UNet
+
+        import oneflow as flow
+    for seed in range(SEEDS):
+        given = dict(np.load(f"{folder}/{seed}.npz"))
+        image, dy = given.pop("image"), given.pop("dy")
+        net = UNet(1, 1, bilinear=False, base_channels=16)
+        net.load_state_dict({key: flow.tensor(value) for key, value in given.items()})
+        if name in (FLOAT32, BFLOAT16):
+            from cpu_kernels import accelerate
+
+            accelerate(net, amp)
+        if name in TORCH:
+            with flow.autocast("cpu", flow.bfloat16, enabled=amp):
+                logits = net(flow.tensor(image)).float()
+        else:
+            logits = net(flow.tensor(image))
+        (logits * flow.tensor(dy)).sum().backward()
+        gradients = np.concatenate([p.grad.numpy().ravel() for _, p in net.named_parameters()])
+        buffers = np.concatenate([np.ravel(buffer.numpy()) for _, buffer in net.named_buffers()])
+        np.savez(f"{folder}/{name} {seed}.npz", logits.detach().numpy(), gradients, buffers)
 
 
-def errors(kind, seed):
-    """Relative distances from float64 of (logits, gradients, running statistics)."""
-    net = make_net(kind, seed)
-    rng = np.random.default_rng(seed)
-    image, dy = rng.standard_normal((2, 1, 1, 128, 128)).astype(np.float32)
-    reference, value = Reference(net.state_dict()), Value(image)
-    expected = reference.unet(value, training=True)
-    expected.backward(dy)
-    logits = net(flow.tensor(image))
-    (logits * flow.tensor(dy)).sum().backward()
+def expect(folder):
+    """Write weights and images for each seed; returns what float64 makes of them."""
+    from reference import Reference, Value
+    from unet import UNet
 
-    def together(arrays):
-        return np.concatenate([np.ravel(array) for array in arrays])
+    import oneflow as flow
 
-    gradients = together(p.grad.numpy() for _, p in net.named_parameters())
-    wanted = together(reference.parameters[n].gradient for n, _ in net.named_parameters())
-    buffers = together(buffer.numpy() for _, buffer in net.named_buffers())
-    wanted_buffers = together(reference.buffers[n] for n, _ in net.named_buffers())
-    return (
-        distance(logits.numpy(), expected.array),
-        distance(gradients, wanted),
-        distance(buffers, wanted_buffers),
-    )
-
-
-def curve(kind, data_path):
-    """Losses of STEPS training steps on crops of 256 pixels, a slice each."""
-    net = make_net(kind, seed=0)
-    optimizer = flow.optim.Adam(net.parameters(), lr=1e-3)
-    criterion = flow.nn.BCEWithLogitsLoss()
-    slices = SelfDataSet(data_path, augment=["flip", "rotate"], crop=256)
-    losses = []
-    for step in tqdm(range(STEPS), desc=kind, leave=False, disable=None):
-        slices.epoch = step // len(slices)
-        image, label = (flow.tensor(a[None]) for a in slices[step % len(slices)])
-        loss = criterion(net(image), label)
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return np.array(losses)
+    wanted = []
+    for seed in range(SEEDS):
+        flow.manual_seed(seed)
+        net = UNet(1, 1, bilinear=False, base_channels=16)
+        image, dy = np.random.default_rng(seed).standard_normal((2, 1, 1, 128, 128)).astype(np.float32)
+        state = {key: tensor.numpy().copy() for key, tensor in net.state_dict().items()}
+        np.savez(f"{folder}/{seed}.npz", image=image, dy=dy, **state)
+        reference, value = Reference(net.state_dict()), Value(image)
+        logits = reference.unet(value, training=True)
+        logits.backward(dy)
+        gradients = np.concatenate([reference.parameters[n].gradient.ravel() for n, _ in net.named_parameters()])
+        buffers = np.concatenate([np.ravel(reference.buffers[n]) for n, _ in net.named_buffers()])
+        wanted.append((logits.array, gradients, buffers))
+    return wanted
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data_path", default="data/train_image", help="labelled slices")
-    parser.add_argument("--chart", default="cpu_accuracy.png", help="the curves")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    python = str(HERE / ".venv/bin/python")
+    parser.add_argument("--torch_python", default=python, help="the Python that has PyTorch (%(default)s)")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        return compute(*args.worker)
+    if not os.access(args.torch_python, os.X_OK):
+        sys.exit(f"{args.torch_python}: no PyTorch there; cpu_step.py --help says how to get it")
+    from reference import distance
 
-    print("| distance from float64 | logits | gradients | running statistics |")
-    print("| --- | --- | --- | --- |")
-    for kind in KINDS:
-        distances = [errors(kind, seed) for seed in range(12)]
-        middle, worst = np.median(distances, axis=0), np.max(distances, axis=0)
-        cells = [f"{m:.0e} ({w:.0e})" for m, w in zip(middle, worst, strict=True)]
-        print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)
-
-    losses = {kind: curve(kind, args.data_path) for kind in KINDS}
-    stock, fast = losses.values()
-    print("step, loss of OneFlow, of cpu_kernels")
-    for step in (1, 2, 5, 10, 20, 50, 100, 150, 200):
-        print(f"{step:4d} {stock[step - 1]:.6f} {fast[step - 1]:.6f}")
-    print(f"mean of the last 50 steps: {stock[-50:].mean():.4f} and {fast[-50:].mean():.4f}")
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.2))
-    for kind, style in zip(KINDS, ("-", "--"), strict=True):
-        axes.plot(range(1, STEPS + 1), losses[kind], style, linewidth=1, label=kind)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(args.chart, dpi=150)
-    print(f"{args.chart}: both curves")
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = expect(folder)
+        print("| distance from float64 | logits | gradients | running statistics |\n| --- | --- | --- | --- |")
+        for name in NAMES:
+            interpreter = args.torch_python if name in TORCH else sys.executable
+            subprocess.run([interpreter, __file__, "--worker", name, folder], check=True)
+            found = [np.load(f"{folder}/{name} {seed}.npz").values() for seed in range(SEEDS)]
+            distances = [list(map(distance, *pair)) for pair in zip(found, wanted, strict=True)]
+            middle, worst = np.median(distances, axis=0), np.max(distances, axis=0)
+            cells = [f"{m:.1e} ({w:.1e})" for m, w in zip(middle, worst, strict=True)]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    main()
