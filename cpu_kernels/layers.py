@@ -18,20 +18,19 @@ from .onednn import FLOAT32, Layout, empty, layout_of, primitive
 class Tape:
     """One call of a net: the way back through it, step by step, and the numbers of its parameters and buffers.
 
-    arrays: {tensor: array}, all but counters. gradients: {parameter: array}. recording: whether there is a way back
-    at all. later: calls of OneFlow, whose threads would take the cores from oneDNN's, for when the net is through.
+    arrays: {tensor: array}. gradients: {parameter: array}. recording: whether there is a way back. later: calls of
+    OneFlow, whose threads would take the cores from oneDNN's, for when the net is through.
     """
 
     def __init__(self, net, recording):
         self.recording, self.steps, self.gradients, self.later = recording, [], {}, []
-        tensors = [*net.parameters(), *net.buffers()]
-        # Each numpy() waits for OneFlow, up to a millisecond on busy cores: the many vectors go as one.
-        vectors = [tensor for tensor in tensors if tensor.ndim == 1]
-        self.arrays = {tensor: tensor.numpy() for tensor in tensors if tensor.ndim > 1}
-        if vectors:
-            joined = flow.cat([vector.detach() for vector in vectors]).numpy()
-            ends = np.cumsum([0, *map(len, vectors)])
-            self.arrays |= {vector: joined[a:b] for vector, (a, b) in zip(vectors, pairwise(ends), strict=True)}
+        tensors = [t for t in (*net.parameters(), *net.buffers()) if t.ndim]
+        small = [t for t in tensors if t.numel() < 2**20]
+        self.arrays = {t: t.numpy() for t in set(tensors) - set(small)}
+        if small:  # as one, since each numpy() waits for OneFlow, up to milliseconds on busy cores
+            joined = flow.cat([t.detach().reshape(-1) for t in small]).numpy()
+            parts = np.split(joined, np.cumsum([t.numel() for t in small[:-1]]))
+            self.arrays |= {t: part.reshape(t.shape) for t, part in zip(small, parts, strict=True)}
 
     def close(self):
         """The net is through: arrays that no step needs are let go of, and OneFlow is told what waited."""
