@@ -556,6 +556,18 @@ def test_flag_of_the_scripts(slices, tmp_path):
     assert not np.array_equal(stacks[0], stacks[1])  # so "off" is something else
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("amp", [False, True])
+def test_what_is_not_finite_stays_so(training, amp):
+    """Weights that lead to no number give no number, though oneDNN's ReLU makes 0 of NaN."""
+    net = UNet(1, 1, bilinear=False, base_channels=2)
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, 1e29)
+    net = accelerate(net, amp and cpu_kernels.has_bfloat16()).train(training)
+    with flow.no_grad():
+        assert np.isnan(net(flow.tensor(normal(1, 1, 32, 32))).numpy()).all()
+
+
 needs_bfloat16 = pytest.mark.skipif(not cpu_kernels.has_bfloat16(), reason="this CPU has no bfloat16")
 
 
