@@ -56,13 +56,15 @@ def accelerate(net, amp=False):
     net._stock = type(net)
     net.__class__ = type(type(net).__name__, (Accelerated, type(net)), {})
     net._amp, net._inside = amp, [type(module) for module in net.modules()]
-    keep_memory()
+    libc = ctypes.CDLL(None)  # malloc is to keep what is freed: the next step wants it again, and new pages are slow
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return net
 
 
 @lru_cache(1)
 def examples():
-    """(What runs a layer, all that decides what the layer computes), for the layers as unet.py sets them up."""
+    """[(what runs a layer, its setup as in unet.py)]"""
     upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
     known = {layers.double_conv: unet.DoubleConv(1, 1), layers.max_pool: nn.MaxPool2d(2), layers.upsample: upsample}
     known |= {layers.transposed: nn.ConvTranspose2d(1, 1, 2, stride=2), layers.pointwise: nn.Conv2d(1, 1, 1)}
@@ -102,6 +104,7 @@ def setup(module):
 class Accelerated:
     """Mixed into a net's class: what OneFlow gets to see of a call."""
 
+    @np.errstate(all="ignore")  # what is not finite goes on without a word, as in OneFlow
     def forward(self, *inputs):
         parameters = list(self.parameters())
         tensors = (*inputs, *parameters)
@@ -166,10 +169,3 @@ def why_not():
 def has_bfloat16():
     """Whether the kernels run here and the CPU multiplies bfloat16 in hardware."""
     return why_not() is None and dnn.library().has(dnn.AVX512_BF16)
-
-
-def keep_memory():
-    """Tell malloc to keep what is freed: the next step wants it again, and new pages are slow."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

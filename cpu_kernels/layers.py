@@ -164,17 +164,16 @@ def half(x, conv, norm):
     scale = gamma / np.sqrt(variance + np.float32(norm.eps))
     if not tape.recording and not norm.training:  # all in one primitive
         y, _ = convolve(x.array, w, normalised=(scale, beta + scale * (bias - mean)), recording=False)
-        # oneDNN's ReLU makes 0 of NaN: weights that are far too large show by what is infinite before.
-        largest = y[:, ::8, ::8].max()
+        largest = y[:, ::8, ::8].max()  # oneDNN's ReLU makes 0 of NaN, but what leads to NaN is infinite before
         tape.finite &= bool(largest < 0x7F80 if y.dtype == dnn.BFLOAT16 else np.isfinite(largest))
         return x.then(y, None)
     z, convolution_back = convolve(x.array, w, recording=tape.recording)
     statistics = None if norm.training else (mean - bias, variance)
     y, batch_mean, batch_variance, back = normalise(z, gamma, beta, statistics, norm.eps)
-    tape.finite &= bool(np.isfinite(batch_mean).all() and np.isfinite(batch_variance).all())
+    tape.finite &= bool(np.isfinite([batch_mean, batch_variance]).all())
     if norm.training:
-        count = z.size // len(beta)
-        momentum, unbiased = np.float32(norm.momentum), batch_variance * np.float32(count / max(count - 1, 1))
+        count, momentum = z.size // len(beta), np.float32(norm.momentum)
+        unbiased = batch_variance * np.float32(count / max(count - 1, 1))
         moves = (norm.running_mean, mean, batch_mean + bias), (norm.running_var, variance, unbiased)
         for buffer, before, batch in moves:
             tape.later.append(partial(buffer.copy_, flow.from_numpy(before + momentum * (batch - before))))
@@ -277,7 +276,7 @@ def pad(layer, x, skip):
 
 
 def dropout(layer, x):
-    """unet.Dropout. OneFlow draws the numbers, so that they are those of a net that is not accelerated."""
+    """unet.Dropout. OneFlow draws the numbers: those of a net that is not accelerated."""
     if not layer.training or not layer.p:
         return x
     mask = F.dropout(flow.ones(*x.shape), layer.p).numpy().transpose(0, 2, 3, 1)
