@@ -16,14 +16,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
-import cpu_kernels
-from common import ROOT, device, start
+from common import ROOT, begin, start
 from common.arguments import InputError, Parser, add_device, given_path, number
 from common.checkpoint import load_net
 from common.files import check_output, make_folder, write_whole
 from common.images import list_slices, read_slice
 from common.pictures import write_pictures
 from common.tiles import MARGIN, predict
+from cpu_kernels import accelerate
 from unet import MIN_SIDE
 
 import tifffile
@@ -67,9 +67,6 @@ def parse_args():
 
 def load_nets(args, place):
     """The nets of the checkpoints, ready to predict, and the threshold of their masks. Raises InputError."""
-    has_bfloat16 = place == "cpu" and args.cpu_kernels == "auto" and getattr(cpu_kernels, "has_bfloat16", bool)()
-    if args.amp == "on" and not has_bfloat16:
-        raise InputError("--amp on: predicting in bfloat16 needs cpu_kernels and a CPU that has it, leave it out")
     paths = args.checkpoint or [OWN if OWN.exists() or not BOXED.exists() else BOXED]
     nets, thresholds = [], []
     for path in paths:
@@ -81,14 +78,12 @@ def load_nets(args, place):
         threshold = metadata.get("threshold", 0.5)
         if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise InputError(f"{path}: its threshold is no number from 0 to 1")
-        amp = has_bfloat16 and (args.amp == "on" or (args.amp == "auto" and metadata.get("amp") is True))
+        amp = begin.mixed_precision(args, place, wanted=metadata.get("amp") is True)
         net = net.to(place).eval()
-        if args.cpu_kernels == "auto":
-            net = cpu_kernels.accelerate(net, amp=True) if amp else cpu_kernels.accelerate(net)
-        nets.append(net)
+        nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
         thresholds.append(threshold)
         print(f"weights: {path}{history(metadata)}")
-        if metadata.get("synthetic") is True and not is_synthetic(args.Test_Data_path):
+        if metadata.get("synthetic") is True and not begin.is_synthetic(args.Test_Data_path):
             print(f"{path} knows SYNTHETIC slices only, no tissue: --checkpoint {BOXED} was trained on some")
     threshold = sum(thresholds) / len(thresholds) if args.threshold is None else args.threshold
     print(f"interior is P > {threshold:g}")
@@ -101,12 +96,6 @@ def history(metadata):
     if not isinstance(arguments, dict) or not isinstance(epoch, int):
         return ""
     return f", after {epoch - 1} epochs on {str(arguments.get('data_path'))!a}"
-
-
-def is_synthetic(path):
-    """Whether slices are data/prepare.py's sample, which has a word on its source beside it."""
-    source = Path(path).parent / "source.txt"
-    return source.is_file() and "synthetic" in source.read_text(errors="replace")
 
 
 def find_slices(args):
@@ -141,7 +130,7 @@ def open_stack(args, opened, slices, shape):
 
 def main():
     args = parse_args()
-    place = device.pick(args.device)
+    place = begin.pick(args.device)
     nets, threshold = load_nets(args, place)
     slices, shape = find_slices(args)
     folder, odd = Path(args.save_res_path), []

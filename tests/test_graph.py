@@ -73,12 +73,7 @@ def test_the_check_of_gpus_is_rehearsed(request):
     done = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[-4:]]
-    assert [row[0] for row in rows] == [
-        "| one device",
-        "| 2 processes",
-        "| graph",
-        "| graph, --amp",
-    ]
+    assert [row[0] for row in rows] == ["| one device", "| 2 processes", "| graph", "| graph, --amp"]
     losses = [float(row[2]) for row in rows[:3]]
     assert losses[2] == pytest.approx(losses[0], abs=1e-4)
     assert "failed" in rows[3][1] and "needs a GPU" in done.stderr
@@ -94,5 +89,5 @@ def test_no_dropout_is_said(slices, tmp_path):
     """A graph trains without dropout, which it says; a run that it began goes on without, by either script."""
     done = train("--epochs", 1, "--crop", 32, cwd=tmp_path, name=GRAPH)
     assert "no dropout" in done.stdout
-    assert metadata_of(tmp_path / LAST)["found"]["dropout"] == 0
+    assert metadata_of(tmp_path / LAST)["arguments"]["dropout"] == 0
     assert "dropout" not in resume("--epochs", 2, cwd=tmp_path).stdout

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import predict_unet_test
-from common import checkpoint, device, tiles
+from common import checkpoint, tiles
 from common.arguments import InputError
+from common.begin import pick
 from common.images import normalise, read_slice
 from common.pictures import write_pictures
 from conftest import ROOT, one_line, script, train, write_pairs
@@ -232,12 +233,12 @@ def test_a_gpu_without_code_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
     for capability, usable in (((6, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False), ((5, 2), False)):
         monkeypatch.setattr(ctypes, "CDLL", lambda name, of=capability: Driver(*of))
-        assert device.pick("auto") == ("cuda" if usable else "cpu")
+        assert pick("auto") == ("cuda" if usable else "cpu")
         assert ("no code for this GPU" in capsys.readouterr().out) != usable
         if not usable:
             with pytest.raises(InputError, match=r"no code for this GPU.*--device cpu"):
-                device.pick("cuda")
-        assert device.pick("cpu") == "cpu"
+                pick("cuda")
+        assert pick("cpu") == "cpu"
 
 
 def test_bare_weights_and_old_checkpoints(trained):
