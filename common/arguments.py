@@ -113,9 +113,9 @@ def training_parser(doc, augmentations):
 
 
 def parse_args(doc, augmentations, argv=None):
-    """The training scripts' arguments. With --resume, the checkpoint's own are the defaults.
+    """The training scripts' arguments; those of --resume's checkpoint are the defaults. Raises InputError.
 
-    doc: the script's docstring. augmentations: the kinds that the data set knows. Raises InputError.
+    doc: the script's docstring. augmentations: the kinds that the data set knows.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = training_parser(doc, augmentations)

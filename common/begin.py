@@ -56,13 +56,9 @@ def mixed_precision(args, device, wanted=True, graph=False):
 
     Raises InputError for "on" where it can't be: on a CPU the kernels have it, with bfloat16; on a GPU graphs have it.
     """
-    if graph:
-        able, needs = device == "cuda", "a GPU"
-    elif device == "cuda":
-        able, needs = False, "a static graph on a GPU: graph_train.py"
-    else:
-        able, needs = args.cpu_kernels == "auto" and has_bfloat16(), "cpu_kernels and a CPU with bfloat16"
+    able = device == "cuda" if graph else device == "cpu" and args.cpu_kernels == "auto" and has_bfloat16()
     if args.amp == "on" and not able:
+        needs = "a GPU and graph_train.py" if graph or device == "cuda" else "cpu_kernels and a CPU with bfloat16"
         raise InputError(f"--amp on: mixed precision needs {needs}; leave it out")
     return able and (args.amp == "on" or (args.amp == "auto" and wanted and not graph))
 
@@ -75,21 +71,18 @@ def seed_everything(seed, epoch=0):
 
 
 def data_sets(SelfDataSet, args):
-    """(training set, validation set or None) as the arguments ask.
-
-    Raises InputError, also where the processes don't have the same slices.
-    """
+    """(training set, validation set or None) as the arguments ask, the same in all processes. Raises InputError."""
     if args.data_path == DATA and not Path(DATA).exists():
         raise InputError(f"no {DATA} here: python3 data/prepare.py isbi (or sample) makes it")
     options = {name: getattr(args, name) for name in ("augment", "crop", "repeat", "border_weight", "seed")}
-    kept, held_out = slice(None, -args.val_count or None), slice(-args.val_count, None)
-    train_set, val_set = SelfDataSet(args.data_path, args.label_path, keep=kept, **options), None
+    options["keep"], val_set = slice(None, -args.val_count or None), None
+    train_set = SelfDataSet(args.data_path, args.label_path, **options)
     if not train_set.pairs:
         raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
     if args.val_path:
         val_set = SelfDataSet(args.val_path, args.val_label_path)
     elif args.val_count:
-        val_set = SelfDataSet(args.data_path, args.label_path, keep=held_out)
+        val_set = SelfDataSet(args.data_path, args.label_path, keep=slice(-args.val_count, None))
     for data_set, side in ((train_set, MIN_CROP), (val_set, MIN_SIDE)):
         for name, shape in zip(data_set.names, data_set.shapes, strict=True) if data_set else ():
             if min(shape) < side:
@@ -121,7 +114,7 @@ def is_synthetic(path):
 
 
 def sum_over_ranks(*values):
-    """The sums of the numbers over all processes, as floats."""
+    """The sums of numbers over all processes, as floats."""
     total = flow.tensor(values, dtype=flow.float64)
     if start.processes > 1:
         flow.comm.all_reduce(total)

@@ -149,13 +149,13 @@ def as_ours(name, own, arrays):
 
 
 def contents(net, optimizer):
-    """What a run goes on from -> ({name: array}, the optimizer's metadata), whatever the optimizer keeps.
+    """What a run goes on from -> ({name: array}, the optimizer's metadata).
 
-    A tensor that it keeps of a parameter is `optimizer.WHAT.PARAMETER`. Raises InputError where it keeps anything but
-    such tensors and numbers.
+    What the optimizer keeps of a parameter is `optimizer.WHAT.PARAMETER`. It may keep such tensors and numbers: raises
+    InputError for anything else.
     """
     tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    kind, numbers, names = type(optimizer).__name__, {}, list(parameters_of(net, optimizer))
+    kind, numbers, names = type(optimizer).__name__, {}, names_of(net, optimizer)
     for key, value in optimizer.state_dict()["state"].items():
         if isinstance(key, str) and isinstance(value, int | float):
             numbers[key] = value
@@ -166,11 +166,10 @@ def contents(net, optimizer):
     return tensors, {"name": kind, "state": numbers}
 
 
-def parameters_of(net, optimizer):
-    """{name: parameter} in the optimizer's order, which need not be the net's."""
+def names_of(net, optimizer):
+    """The parameters' names in the optimizer's order, which need not be the net's."""
     name_of = {id(parameter): name for name, parameter in net.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group.parameters]
-    return {name_of.get(id(parameter), f"parameter{i}"): parameter for i, parameter in enumerate(parameters)}
+    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group.parameters]
 
 
 def resume(path, net, optimizer):
@@ -183,12 +182,12 @@ def resume(path, net, optimizer):
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
     if isinstance(saved, dict) and saved.get("name") != kind:
         raise InputError(f"{path}: was trained with {saved.get('name')}, not with {kind}, so it can't go on here")
-    own, parameters, state = optimizer.state_dict(), parameters_of(net, optimizer), {}
+    own, names, state = optimizer.state_dict(), names_of(net, optimizer), {}
     try:
         for name in kept:
             _, what, owner = name.split(".", 2)
-            tensor = as_ours(name, {name: parameters[owner]}, kept)
-            state.setdefault(list(parameters).index(owner), {})[what] = tensor
+            tensor = as_ours(name, {name: net.state_dict()[owner]}, kept)
+            state.setdefault(names.index(owner), {})[what] = tensor
         numbers = {key: type(number) for key, number in own["state"].items() if isinstance(key, str)}
         epoch, best, rows = (metadata[key] for key in ("epoch", "best", "rows"))
         sound = len({frozenset(one) for one in state.values()}) <= 1  # a parameter without gradients has none
