@@ -78,10 +78,7 @@ def read(path, trust_pickle=False):
 
 
 def load_net(path, trust_pickle=False):
-    """The net of a checkpoint, of bare weights, or of a PyTorch U-Net's -> (net on the CPU, metadata dict).
-
-    Says what it made of weights that others trained. Raises InputError.
-    """
+    """The net of a checkpoint, or of weights that others trained -> (net on the CPU, metadata). Raises InputError."""
     tensors, _, metadata = read(path, trust_pickle)
     net = UNet(*architecture(path, tensors))
     fill(path, net, tensors)
@@ -91,8 +88,8 @@ def load_net(path, trust_pickle=False):
 def named_as_ours(path, tensors):
     """Others' weights of this network under our names; prints what was changed.
 
-    Taken are names with something in front (`module.` of DataParallel, `model.` of Lightning), 3x3 convolutions without
-    biases, a batch normalisation that counted no batches, and further tensors, which are left out.
+    Names may have something in front (`module.`, `model.`); 3x3 convolutions may have no biases, batch normalisation no
+    counts; further tensors are left out.
     """
     prefix = next((name.removesuffix(FIRST) for name in tensors if name.endswith(FIRST)), "")
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -111,10 +108,7 @@ def named_as_ours(path, tensors):
 
 
 def architecture(path, tensors):
-    """What UNet() is to be called with for a net's tensors, told by their names and shapes.
-
-    Raises InputError where that is no net, or one so large that the file can't hold it: no memory is asked for it.
-    """
+    """What UNet() is to be called with for a net's tensors. Raises InputError for none, or one the file can't hold."""
     with suppress(KeyError, IndexError, ValueError):
         (base_channels, n_channels, *_), n_classes = tensors[FIRST].shape, tensors[LAST].shape[0]
         sizes = (tensors[FIRST].size, tensors[LAST].size, sum(tensor.size for tensor in tensors.values()))
@@ -136,9 +130,9 @@ def fill(path, net, tensors):
 
 
 def as_ours(name, own, arrays):
-    """An array as a tensor in the place of `own[name]`. Raises ValueError or KeyError, with the name, if it can't be.
+    """An array as a tensor in the place of own[name]. Raises ValueError or KeyError where they differ in kind or shape.
 
-    It can't where its shape or kind of number is another, or where nothing finite would come of it.
+    So it does where nothing finite would come of it.
     """
     ours, array = own[name], arrays[name]
     real = ours.dtype.is_floating_point
@@ -151,8 +145,7 @@ def as_ours(name, own, arrays):
 def contents(net, optimizer):
     """What a run goes on from -> ({name: array}, the optimizer's metadata).
 
-    What the optimizer keeps of a parameter is `optimizer.WHAT.PARAMETER`. It may keep such tensors and numbers: raises
-    InputError for anything else.
+    What the optimizer keeps of a parameter is `optimizer.WHAT.PARAMETER`. Raises InputError for what fits nowhere.
     """
     tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
     kind, numbers, names = type(optimizer).__name__, {}, names_of(net, optimizer)
@@ -173,10 +166,7 @@ def names_of(net, optimizer):
 
 
 def resume(path, net, optimizer):
-    """Load a checkpoint into net and optimizer; returns its metadata.
-
-    Raises InputError where it holds another net, another optimizer's state or what makes no sense.
-    """
+    """Load a checkpoint into net and optimizer -> its metadata. Raises InputError where it doesn't fit."""
     tensors, kept, metadata = read(path)
     fill(path, net, tensors)
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__

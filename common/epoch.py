@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 
 class Run:
-    """A training from its first epoch, or the one after args.resume's last, to args.epochs.
+    """A training from `first_epoch`, the first or the one after args.resume's last, to args.epochs.
 
-    Locks the log and the folder of checkpoints, and makes sure that this net and optimizer can be saved, before
-    anything is computed. `first_epoch` is the epoch to begin with. Raises InputError.
+    Before anything is computed it locks what it writes, and makes sure that net and optimizer can be saved; raises
+    InputError.
     """
 
     def __init__(self, net, optimizer, device, args, train_set, val_set, graph=False):
@@ -58,17 +58,12 @@ class Run:
         if start.rank:
             return
         for name in ("slices", "processes", *RESUMED, "augment"):
-            was, now = metadata["arguments"].get(name), self.arguments[name]
-            if was != now:
-                change = "other slices" if name == "slices" else f"{name} {was} -> {now}"
-                print(f"not as {path} was trained: {change}")
+            if (was := metadata["arguments"].get(name)) != (now := self.arguments[name]):
+                print(f"not as {path} was trained: {name} {was} -> {now}")
         print(f"resuming {path}: it has {self.first_epoch - 1} epochs of {args.epochs}, a larger --epochs goes on")
 
     def schedule(self, steps):
-        """The schedule of the learning rate, to be stepped after each of an epoch's `steps`.
-
-        A cosine ends at the last of args.epochs: resumed with more of them, it jumps to the longer one.
-        """
+        """The schedule of the learning rate, to be stepped after each of an epoch's steps; a cosine to args.epochs."""
         if self.args.schedule == "cosine":
             schedule = CosineAnnealingLR(self.optimizer, self.args.epochs * steps)
         else:
@@ -142,10 +137,7 @@ class Run:
         return {f"val_{name}": value for name, value in (named | {"threshold": threshold}).items()}
 
     def finish(self, val_scores):
-        """Write the epoch's checkpoints, then its log, and print its line; val_scores: what validate() returned.
-
-        Raises FloatingPointError where the epoch has spoilt the net, before anything is written.
-        """
+        """Write checkpoints, then the log, and print the epoch's line; FloatingPointError if it has spoilt the net."""
         columns = {"train_loss": self.train_loss} | (val_scores or {}) | self.further
         tensors = (tensor.numpy() for tensor in self.net.state_dict().values())
         if not all(np.isfinite(value).all() for value in (*columns.values(), *tensors)):

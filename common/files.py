@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.arguments import InputError
 
+unfinished = set()  # files that are being written: who ends the process in the midst removes them
 held = {}  # what this process has locked: real path -> what holds the lock
 
 
@@ -21,6 +22,7 @@ def write_whole(path, sync=True):
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    unfinished.add(aside)
     try:
         with open(aside, "wb") as file:
             yield file
@@ -39,6 +41,7 @@ def write_whole(path, sync=True):
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+        unfinished.discard(aside)
 
 
 def make_folder(path):
@@ -65,7 +68,7 @@ def check_output(path):
 
 
 def lock(path):
-    """Hold a file or folder that this run writes until the process ends. Raises InputError if another one holds it.
+    """Hold a file or folder to write until the process ends. Raises InputError if another one holds it.
 
     Held is a name in the kernel, so nothing is left behind, and a folder, which other hosts may write to, itself.
     """

@@ -13,10 +13,7 @@ VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "
 
 
 def import_oneflow(ranks):
-    """Import OneFlow, in any thread; nothing is changed by it but the modules that are there.
-
-    ranks: as one of the processes that a launcher started; else alone, whatever a pod or a shell says in WORLD_SIZE.
-    """
+    """Import OneFlow, in any thread; ranks: as one of a launcher's processes, else alone, whatever WORLD_SIZE says."""
     if ranks:
         start.join()
     libc, handler = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than a struct sigaction

@@ -1,7 +1,4 @@
-"""How a script runs and ends: Ctrl-C, errors in one line, exit codes; and of several processes, their watchdog.
-
-Each script ends with `start.run(main)`.
-"""
+"""How a script runs and ends, `start.run(main)`: Ctrl-C, errors in one line, exit codes; how several meet."""
 
 import ctypes
 import faulthandler
@@ -16,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.arguments import InputError
+from common.files import unfinished
 
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
@@ -68,11 +66,10 @@ def keep(text):
 
 
 def interrupt(signum, _):
-    """Answer Ctrl-C (or SIGTERM): say what is kept and end at once, with 130 (143).
-
-    Files are replaced as a whole. A KeyboardInterrupt that unwinds through OneFlow now and then crashes or hangs.
-    """
-    if os.getpid() == main_process:
+    """Answer Ctrl-C (or SIGTERM): say what is kept and end at once, with 130 (143)."""
+    if os.getpid() == main_process:  # a KeyboardInterrupt that unwinds through OneFlow now and then crashes or hangs
+        for path in list(unfinished):
+            path.unlink(missing_ok=True)
         if rank == 0:
             os.write(stderr, os.fsencode(f"\ninterrupted: {kept}\n"))  # not print(), which may be at work already
         os._exit(128 + signum)
@@ -94,10 +91,9 @@ def join():
     global rank, processes, patience
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     try:
-        *numbers, address = (os.environ[name] for name in names)
-        processes, rank, local, port = map(int, numbers)
+        processes, rank, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         complain("WORLD_SIZE is set, but not all that oneflow.distributed.launch sets: start it with that", 2)
     # A launcher can be ended without its ranks: have the kernel end them with it (1 is PR_SET_PDEATHSIG).
@@ -112,8 +108,8 @@ def join():
 def find_master(same_host, address, port, seconds):
     """Take the port of the job (rank 0), or wait until rank 0 of this job, and of no other one, is there.
 
-    Two jobs that start at once would both find the port free, but one only can have its name in the kernel. The second
-    name is of the launcher: its ranks look for that.
+    Of two jobs that start at once both find the port free; only one gets its name in the kernel. A second name is of
+    this launcher: its ranks look for that.
     """
     names = [f"unet-{port}", f"unet-{port}-{os.getppid()}"]
     if rank == 0:
