@@ -88,7 +88,7 @@ def complain(message, code=None):
 
 def join():
     """Become the process that the launcher's environment says; ends it where OneFlow wouldn't find the others."""
-    global rank, processes, patience
+    global rank, processes, patience, stderr
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
     try:
@@ -102,6 +102,7 @@ def join():
     with suppress(ValueError):  # the flags aren't parsed yet, which says what makes no sense
         patience = min(max(0.1, float(dict(pairwise(words)).get("--rank_timeout", 1800))), 1e6)
     find_master(local == rank, address, port, max(patience, 10))
+    stderr = os.dup(2)  # OneFlow's import is silenced, its waiting should not be
     got_further(max(patience, 30))  # it may take OneFlow 10 seconds to look again
 
 

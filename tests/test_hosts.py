@@ -52,7 +52,7 @@ class Host:
                 cwd=folder,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # as the launcher of several sets
                 start_new_session=True,
             )
 
