@@ -7,7 +7,6 @@ import signal
 import sys
 
 from common import start
-from common.images import quiet_stderr
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_MODULE_LOADING")
 
@@ -25,6 +24,8 @@ def import_oneflow(ranks):
     try:
         for name in () if ranks else VARIABLES[:-1]:
             os.environ.pop(name, None)
+        from common.images import quiet_stderr  # here, since it brings NumPy's threads
+
         with quiet_stderr():
             import oneflow  # noqa: F401
     except ImportError as error:
