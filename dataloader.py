@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.arguments import InputError
 from common.images import normalise, read_slice
-from common.labels import beside, judge, look, pair, read_grey, read_label
+from common.labels import beside, judge, look, pair, read_label, read_pair
 
 import cv2
 import numpy as np
@@ -113,10 +113,8 @@ class SelfDataSet:
     ):
         self.label_path = label_path or beside(data_path)
         if self.label_path is None:
-            raise InputError(
-                f"{data_path}: no 'image' in its name for 'label' to replace, say where its labels are (--label_path, "
-                "for validation --val_label_path)"
-            )
+            way = "say where its labels are (--label_path, for validation --val_label_path)"
+            raise InputError(f"{data_path}: no 'image' in its name for 'label' to replace, {way}")
         self.augment, self.crop, self.repeat = tuple(augment), crop, repeat
         self.border_weight, self.seed, self.epoch = border_weight, seed, 0
         self.weights, self.kept = {}, 0  # of some slices: forked workers have them too
@@ -145,11 +143,9 @@ class SelfDataSet:
         if label_file is None:
             return f"{image_file[0]}: no label of that name in {self.label_path}"
         try:
-            image, label = read_slice(*image_file), read_grey(*label_file[1:])
+            image, label = read_pair(image_file, label_file[1:])
         except InputError as error:
             return str(error)
-        if label.shape != image.shape:
-            return f"{label_file[1]}: {label.shape}, but its slice has {image.shape} pixels"
         interior = label == label.max()
         if self.border_weight and self.kept < KEPT_WEIGHTS:
             self.kept += 4 * label.size

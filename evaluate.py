@@ -20,7 +20,7 @@ from common import start
 from common.arguments import InputError, Parser, given_path
 from common.files import check_output, write_whole
 from common.images import list_slices, read_slice
-from common.labels import beside, judge, look, pair, read_grey, read_label
+from common.labels import beside, judge, look, pair, read_label, read_pair
 from common.pictures import stretch
 from common.scores import SCORES, THRESHOLDS, best, combine, count
 
@@ -64,15 +64,9 @@ def predicted(file, page, scale):
     return read_slice(file, page).astype(np.float32) / np.float32(scale)
 
 
-def check(files, label_files):
+def look_at(files, labels):
     """look() at each label with its image. Raises InputError for an image that isn't as large as its label."""
-    looks = []
-    for (file, page), label_file in zip(files, label_files, strict=True):
-        image, label = read_slice(file, page), read_grey(*label_file)
-        if image.shape != label.shape:
-            raise InputError(f"{file}: {image.shape}, but its label has {label.shape} pixels")
-        looks.append(look(label, image))
-    return looks
+    return [look(*reversed(read_pair(*each))) for each in zip(files, labels, strict=True)]
 
 
 def score(job):
@@ -94,7 +88,7 @@ def find_jobs(args):
     files, labels = zip(*((one[1:], label[1:]) for one, label in predictions if label), strict=True)
     if len(files) < len(predictions):
         print(f"{len(predictions) - len(files)} of {len(predictions)} slices have no label: scoring the other ones")
-    scale, looks, where = find_scale(args.prediction, files), check(files, labels), "prediction"
+    scale, looks, where = find_scale(args.prediction, files), look_at(files, labels), "prediction"
     readers = {"prediction": (predicted, files), "all_interior": (None, files)}
     given = args.image or beside(Path(args.label).resolve(), "label", "image")
     # What lies beside the labels may be other slices: nobody said that they belong here.
@@ -105,7 +99,7 @@ def find_jobs(args):
             if missing:
                 raise InputError(f"{given}: has no slice for {missing[0][0]}")
             slices = [slice_of[file] for file in labels]
-            looks, where = check(slices, labels), "slices"
+            looks, where = look_at(slices, labels), "slices"
             readers["blurred_slices"] = blurred, slices
     values = judge(args.label, looks, where)
     return {
@@ -127,12 +121,11 @@ def table(results, slices):
 
 def as_json(results):
     """What --json writes: all scores at all thresholds, the best ones, the floors."""
-    written = {}
+    written = {what: {name: values.tolist() for name, values in found.items()} for what, found in results.items()}
     for what, found in results.items():
         bests = {name: best(found, name) for name in SCORES}
-        written[what] = {name: values.tolist() for name, values in found.items()}
-        written[what]["best"] = {name: value for name, (value, _) in bests.items()}
-        written[what]["best_threshold"] = {name: threshold for name, (_, threshold) in bests.items()}
+        for i, key in enumerate(("best", "best_threshold")):
+            written[what][key] = {name: pair[i] for name, pair in bests.items()}
     return {"thresholds": THRESHOLDS.tolist(), **written.pop("prediction"), "floors": written}
 
 

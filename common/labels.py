@@ -78,6 +78,14 @@ def read_grey(file, page=0):
     return label
 
 
+def read_pair(file, label_file):
+    """A slice and its label, each (file, page) -> two arrays (H, W). Raises InputError, also for other sizes."""
+    image, label = read_slice(*file), read_grey(*label_file)
+    if label.shape != image.shape:
+        raise InputError(f"{label_file[0]}: {label.shape}, but {file[0]} has {image.shape} pixels")
+    return image, label
+
+
 def look(label, image):
     """What judge() needs of a label (H, W) and its slice (H, W) -> {value: (pixels, their brightness)}."""
     light = normalise(image)

@@ -26,9 +26,9 @@ SCORES = {
 
 
 def thin(interior):
-    """Interior (H, W), bool -> its 4-connected components, grown until lines of a pixel part them.
+    """Interior (H, W), bool -> its 4-connected components, grown until lines of a pixel (0) part them, integers (H, W).
 
-    Integers (H, W), 0 on the lines. Without any interior all is one component.
+    Without any interior all is one component.
     """
     if not interior.any():
         return np.ones(interior.shape, int)
@@ -45,8 +45,8 @@ def entropy(counts, single=0):
 def partition_scores(label, segments):
     """(V_Rand, V_Info, pairs) of a slice; pairs counts pixels that go together: in both, in the label, in the segments.
 
-    label: (H, W), bool, True inside cells. segments: (H, W), integers as from thin(). Counted over the label's
-    interior, where each pixel on a line is a segment of its own; a label without any interior gives (1, 1, (0, 0, 0)).
+    label: (H, W), bool, True inside cells. segments: (H, W), integers as from thin(). Counted over the label's interior
+    (none: 1, 1, (0, 0, 0)), where each pixel on a line is a segment of its own.
     """
     if not label.any():
         return 1.0, 1.0, (0, 0, 0)

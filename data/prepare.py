@@ -54,10 +54,7 @@ DIGESTS = {
 }
 ISBI, SAMPLE = "isbi2012", "synthetic sample"  # what source.txt may say
 # What belongs to this script, by source.txt.
-OWNED = {
-    ISBI: ("train_image", "train_label", "test_image", "source.txt"),
-    SAMPLE: ("train_image", "train_label", "test_image", "test_label", "source.txt"),
-}
+OWNED = {ISBI: (*STACKS.values(), "source.txt"), SAMPLE: (*STACKS.values(), "test_label", "source.txt")}
 
 
 def read_source(source):
@@ -108,17 +105,14 @@ def load_isbi(source):
     return folders
 
 
-def list_own(out):
-    """The names in the folder `out` that this script may replace."""
-    file = out / "source.txt"
-    return OWNED.get(file.read_text(errors="replace").strip(), ()) if file.is_file() else ()
-
-
-def refuse_foreign(out, marker):
-    """Raise InputError if something in the way of data set `marker` is the user's own."""
+def list_own(out, marker):
+    """What may be replaced in `out`. Raises InputError where the user's own is in the way of data set `marker`."""
+    source = out / "source.txt"
+    own = OWNED.get(source.read_text(errors="replace").strip(), ()) if source.is_file() else ()
     for name in OWNED[marker]:
-        if os.path.lexists(out / name) and name not in list_own(out):
+        if os.path.lexists(out / name) and name not in own:
             raise InputError(f"{out / name} was not made by this script; move it away or pass --out DIR")
+    return [name for name in own if os.path.lexists(out / name)]
 
 
 def write(out, marker, folders):
@@ -139,8 +133,7 @@ def write(out, marker, folders):
             for i, image in enumerate(stack):  # not cv2.imwrite, which does not say why it failed
                 (stage / folder / f"{i}.png").write_bytes(cv2.imencode(".png", image)[1])
         (stage / "source.txt").write_text(marker + "\n")
-        refuse_foreign(out, marker)
-        moves = [(out / name, stage / "old" / name) for name in list_own(out) if os.path.lexists(out / name)]
+        moves = [(out / name, stage / "old" / name) for name in list_own(out, marker)]
         moves += [(stage / name, out / name) for name in reversed(OWNED[marker])]
         try:
             for here, there in moves:
@@ -189,7 +182,7 @@ def prepare(args):
     """Write a data set. Raises InputError or OSError, the data folder then being as before."""
     marker = SAMPLE if args.command == "sample" else ISBI
     # What can't be written where is said before the download, not after it.
-    refuse_foreign(args.out, marker)
+    list_own(args.out, marker)
     tempfile.TemporaryFile(dir=args.out if args.out.exists() else args.out.parent).close()
     if marker == ISBI:
         print(TERMS, flush=True)
