@@ -23,15 +23,15 @@ def read_log(path):
 
     Raises OSError or ValueError.
     """
+    text = path.read_text()
+    rows = csv.DictReader(text.splitlines())
     if path.suffix != ".csv":
-        losses = {"training": [(i, float(line)) for i, line in enumerate(path.read_text().split(), 1)]}
-    else:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        losses = {
-            name: [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) or name == "training"]
-            for name, column in (("training", "train_loss"), ("validation", "val_loss"))
-        }
+        rows = ({"epoch": epoch, "train_loss": line} for epoch, line in enumerate(text.split(), 1))
+    losses = {"training": [], "validation": []}
+    for row in rows:
+        losses["training"].append((int(row["epoch"]), float(row["train_loss"])))
+        if row.get("val_loss"):
+            losses["validation"].append((int(row["epoch"]), float(row["val_loss"])))
     if not losses["training"]:
         raise ValueError("no epoch in it yet")
     return losses

@@ -48,7 +48,7 @@ def interior_of(label, args, values):
         interior[:-1] &= (label[:-1] == label[1:]) | (label[1:] == 0)
         return interior
     white = label > args.threshold if args.threshold is not None else label == max(values)
-    return white if args.membrane == "black" else ~white
+    return white == (args.membrane == "black")
 
 
 def find_values(slices, args):
@@ -56,7 +56,7 @@ def find_values(slices, args):
     values = set()
     for _, file, page in slices:
         label = as_numbers(file, page, args.cells)
-        values |= set(np.unique(label).tolist())
+        values.update(np.unique(label).tolist())
         if len(values) > 2:
             low, high = min(values), max(values)
             soft = np.isin(label, (low, high)).mean() > 0.5

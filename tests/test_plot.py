@@ -23,7 +23,7 @@ def test_reads_log_and_csv(tmp_path):
     """The plain log is enough; the CSV of the same run beside it adds the validation loss."""
     log, table = tmp_path / "Unet_train.txt", tmp_path / "Unet_train.csv"
     log.write_text("0.7000\n0.5000\n0.4000\n")
-    assert plot.read_log(log) == {"training": [(1, 0.7), (2, 0.5), (3, 0.4)]}
+    assert plot.read_log(log) == {"training": [(1, 0.7), (2, 0.5), (3, 0.4)], "validation": []}
     for out in ("alone.png", "both.png", "other.png", "table.png"):
         done = run("Unet_train.csv" if out == "table.png" else log, "--out", out, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
