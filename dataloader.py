@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.arguments import InputError
 from common.images import normalise, read_slice
-from common.labels import beside, judge, look, pair, read_grey, read_label
+from common.labels import beside, judge, look, pair, read_label, read_pair
 
 import cv2
 import numpy as np
@@ -23,8 +23,7 @@ AUGMENTATIONS = ("flip", "rotate", "elastic")
 def augment(maps, rng, kinds, crop=None):
     """The same random crop, flips, rotations and deformation for all maps; `rng` is NumPy's.
 
-    maps: [image, label, ...], each float32 (H, W); returns as many, of another shape where `crop`
-    (pixels a side) asks for it. kinds: any of AUGMENTATIONS.
+    maps: [image, label, ...], each float32 (H, W), of which `crop` pixels a side are left. kinds: of AUGMENTATIONS.
     """
     height, width = maps[0].shape
     side_y, side_x = (crop, crop) if crop else (height, width)
@@ -48,11 +47,9 @@ def augment(maps, rng, kinds, crop=None):
 def deform(maps, rng, top, left, height, width):
     """A window of the maps (H, W), float32, smoothly deformed, as in the U-Net paper, section 3.1.
 
-    A grid of 3 x 3 random shifts, with a standard deviation of 10 pixels, spans the whole maps;
-    bicubic interpolation gives each pixel its own. Maps under 250 pixels a side would fold: they
-    get smaller shifts. Beyond their edges the maps continue mirrored. The first map, the image, is
-    sampled bicubically: linear sampling takes a quarter of the contrast of an electron
-    micrograph's finest grain, and the net would meet the grain only when it predicts.
+    A grid of 3 x 3 random shifts, with a standard deviation of 10 pixels (fewer below 250 pixels a side, which would
+    fold), spans the maps, bicubic interpolation gives each pixel its own, and maps continue mirrored. The image, first,
+    is sampled bicubically: linearly it would lose a quarter of the contrast of its finest grain.
     """
     deviation = min(10, min(maps[0].shape) / 25)
     # Interpolation is linear in the shifts: a row of `down` holds the grid's weights for a row.
@@ -70,9 +67,8 @@ def deform(maps, rng, top, left, height, width):
 def border_weights(label, w0):
     """Loss weights that dwell on thin membranes, as in the U-Net paper, equation 2.
 
-    label: float32 (H, W), 1 inside cells. Returns float32 (H, W) with mean 1, proportional to
-    1 + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) on membrane and to 1 inside cells, where d1 and d2 are
-    the distances to the nearest and the second nearest cell (4-connected) and sigma is 5 pixels.
+    label: float32 (H, W), 1 inside cells. Returns float32 (H, W) with mean 1, proportional to 1 inside cells and to 1 +
+    w0 exp(-(d1 + d2)^2 / (2 sigma^2)) on membrane: distances to the two nearest cells (4-connected), sigma 5 pixels.
     """
     sigma = 5
     far = 4 * sigma  # beyond it, the weight is 1 up to 3e-4 w0
@@ -101,77 +97,55 @@ class SelfDataSet:
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
     repeat: how often an epoch sees each slice, each time with an augmentation of its own.
     border_weight: w0 of border_weights(); 0 for none.
-    seed: the augmentation of item i is drawn from (seed, epoch, i), so it repeats whatever the number of workers or
-        processes; set the attribute `epoch` before each epoch.
+    seed: an item is drawn from (seed, epoch, index), however many workers; set `epoch` before each epoch.
     keep: which pairs of the sorted list to use, a Python slice.
 
     `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W): image normalised, label 0 (membrane) or 1
     (interior); with border_weight (image, label, weight). `names` and `shapes` hold each pair's name and (H, W),
     `digest` is a SHA-256 of all their pixels.
 
-    All pairs are checked here, once. Raises InputError that lists every missing label, unreadable file, label of
-    another size or of more than two values (20 of them at most), when all labels together don't have two values or
-    have white membranes, or when a slice is smaller than the crop.
+    All pairs are checked here, once. Raises InputError that lists what is wrong with any of them (20 of them at most),
+    or says what is wrong with the labels together, see judge().
     """
 
     def __init__(
         self, data_path, label_path=None, *, augment=(), crop=None, repeat=1, border_weight=0, seed=0, keep=slice(None)
     ):
-        label_path = label_path or beside(data_path)
-        if label_path is None:
-            raise InputError(
-                f"{data_path}: no 'image' in its name for 'label' to replace, say where its labels are (--label_path, "
-                "for validation --val_label_path)"
-            )
+        self.label_path = label_path or beside(data_path)
+        if self.label_path is None:
+            way = "say where its labels are (--label_path, for validation --val_label_path)"
+            raise InputError(f"{data_path}: no 'image' in its name for 'label' to replace, {way}")
         self.augment, self.crop, self.repeat = tuple(augment), crop, repeat
         self.border_weight, self.seed, self.epoch = border_weight, seed, 0
         self.weights, self.kept = {}, 0  # of some slices: forked workers have them too
-        self.names, self.shapes, self.pairs, looks, digests, problems = [], [], [], [], [], []
-        everything = pair(data_path, label_path)
+        everything = pair(data_path, self.label_path)
         pairs = everything[keep]
-        for ((name, *image), label), checked in zip(pairs, self.check_all(pairs, label_path), strict=True):
-            if isinstance(checked, InputError):
-                problems.append(str(checked))
-                continue
-            shape, digest, seen = checked
-            self.names.append(name)
-            self.shapes.append(shape)
-            self.pairs.append((tuple(image), label[1:]))
-            looks.append(seen)
-            digests.append(digest)
+        hidden = None if os.environ.get("RANK", "0") in ("", "0") else True  # None: no bar where stderr is a file
+        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+            checks = pool.map(self.check, pairs)
+            checks = list(tqdm(checks, "checking slices", len(pairs), leave=False, delay=2, disable=hidden))
+        problems = [check for check in checks if isinstance(check, str)]
         if problems:
-            more = f"; … and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise InputError("; ".join(problems[:20]) + more)
+            more = [f"… and {len(problems) - 20} more"] * (len(problems) > 20)
+            raise InputError("; ".join(problems[:20] + more))
+        self.names = [name for (name, *_), _ in pairs]
+        self.pairs = [(image[1:], label[1:]) for image, label in pairs]
+        self.shapes, digests, looks = map(list, zip(*checks, strict=True)) if checks else ([], [], [])
         self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
-        self.values = judge(label_path, looks, part=len(pairs) < len(everything)) if looks else None
-        if crop and crop > min(map(min, self.shapes), default=crop):
-            small = min(zip(self.shapes, self.names, strict=True), key=lambda item: min(item[0]))
-            raise InputError(f"--crop {crop} is larger than slice {small[1]} of {small[0]} pixels")
+        self.values = judge(self.label_path, looks, part=len(pairs) < len(everything)) if looks else None
+        side, name = min(zip(map(min, self.shapes), self.names, strict=True), default=(crop, ""))
+        if crop and crop > side:
+            raise InputError(f"--crop {crop} is larger than slice {name}, a side of which has {side} pixels")
 
-    def check_all(self, pairs, label_path):
-        """check() each pair -> an iterator of what it returns, or of the InputError that it raises."""
-
-        def result(pair):
-            try:
-                return self.check(*pair, label_path)
-            except InputError as error:
-                return error
-
-        # disable=None: no bar where stderr is a file
-        hidden = None if os.environ.get("RANK", "0") in ("", "0") else True
-        bar = tqdm(total=len(pairs), desc="checking slices", leave=False, delay=2, disable=hidden)
-        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool, bar:
-            for one in pool.map(result, pairs):
-                bar.update()
-                yield one
-
-    def check(self, slice_file, label_file, label_path):
-        """Read a pair, each (name, file, page) -> (shape, SHA-256 of its pixels, look() of it). Raises InputError."""
+    def check(self, pair):
+        """Read a pair, each (name, file, page) -> (shape, SHA-256 of its pixels, look() of it), or what is wrong."""
+        (_, *image_file), label_file = pair
         if label_file is None:
-            raise InputError(f"{slice_file[1]}: no label of that name in {label_path}")
-        image, label = read_slice(*slice_file[1:]), read_grey(*label_file[1:])
-        if label.shape != image.shape:
-            raise InputError(f"{label_file[1]}: {label.shape}, but its slice has {image.shape} pixels")
+            return f"{image_file[0]}: no label of that name in {self.label_path}"
+        try:
+            image, label = read_pair(image_file, label_file[1:])
+        except InputError as error:
+            return str(error)
         interior = label == label.max()
         if self.border_weight and self.kept < KEPT_WEIGHTS:
             self.kept += 4 * label.size
@@ -188,8 +162,8 @@ class SelfDataSet:
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # what ends `for pair in data_set`
         index %= len(self)
-        slice_file, label_file = self.pairs[index % len(self.pairs)]
-        maps = [normalise(read_slice(*slice_file)), read_label(*label_file, self.values)]
+        image_file, label_file = self.pairs[index % len(self.pairs)]
+        maps = [normalise(read_slice(*image_file)), read_label(*label_file, self.values)]
         if self.border_weight:
             weights = self.weights.get(label_file)
             maps.append(border_weights(maps[1], self.border_weight) if weights is None else weights)

@@ -42,7 +42,7 @@ def main(args):
     begin.seed_everything(args.seed)
     net = UNet(1, 1, args.bilinear, args.base_channels or arguments.WIDTH[device], args.dropout).to(device)
     if args.cpu_kernels == "auto":
-        accelerate(net)  # on a CPU; does nothing on a GPU
+        accelerate(net, begin.mixed_precision(args, device))  # on a CPU; does nothing on a GPU
     Train_Unet(nn.parallel.DistributedDataParallel(net), device, args)
 
 

@@ -20,7 +20,8 @@ from common import start
 from common.arguments import InputError, Parser, given_path
 from common.files import check_output, write_whole
 from common.images import list_slices, read_slice
-from common.labels import beside, judge, look, pair, read_grey, read_label
+from common.labels import beside, judge, look, pair, read_label, read_pair
+from common.pictures import stretch
 from common.scores import SCORES, THRESHOLDS, best, combine, count
 
 import cv2
@@ -31,91 +32,80 @@ BLUR = 2  # pixels, the standard deviation
 
 
 def find_scale(path, files):
-    """The value that stands for P(interior) = 1 in a prediction's files.
+    """The value that stands for P(interior) = 1 in a prediction's files, each (file, page).
 
     1 for floats, 1 or 255 for masks, else the largest value of their type. Raises InputError for other values.
     """
-    highest, masks = 0, {1, 255}
+    highest, masks, full = 0, {1, 255}, 1
     for file, page in files:
         image = read_slice(file, page)
-        low, high, full = image.min(), image.max(), 1
         if np.issubdtype(image.dtype, np.unsignedinteger):
             full = np.iinfo(image.dtype).max
             masks = {value for value in masks if np.isin(image, (0, value)).all()}
-        elif low < -1e-6 or high > 1 + 1e-6:  # an average of ones may be rounded up
-            raise InputError(f"{file}: holds {low:g} to {high:g}, not probabilities from 0 to 1")
-        highest = max(highest, high)
+        elif image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
+            raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities from 0 to 1")
+        highest = max(highest, image.max())
     if full == 1 or highest == 0:
         return 1
-    if masks:
-        if masks != {full}:
-            print(f"{path}: taken for masks of 0 and {max(masks)}")
-        return max(masks)
-    if highest < full / 16:  # nowhere interior
+    if masks and masks != {full}:
+        print(f"{path}: taken for masks of 0 and {max(masks)}")
+    elif highest < full / 16:  # nowhere interior
         raise InputError(f"{path}: holds no value above {highest}: neither 0 to {full} nor masks of 0 and 255 or 1")
-    return full
+    return max(masks, default=full)
 
 
-def read_probability(file, page, scale):
+def blurred(file, page, _):
+    """The brightness of a slice, blurred, from 0 to 1: what a prediction has to be better than."""
+    return stretch(cv2.GaussianBlur(read_slice(file, page).astype(np.float32), (0, 0), BLUR))
+
+
+def predicted(file, page, scale):
     """P(interior) of a slice, (H, W), float32; scale: the value that stands for 1."""
     return read_slice(file, page).astype(np.float32) / np.float32(scale)
 
 
-def read_blurred(file, page):
-    """The brightness of a slice, blurred, from 0 to 1: what a prediction has to be better than."""
-    image = cv2.GaussianBlur(read_slice(file, page).astype(np.float32), (0, 0), BLUR)
-    low, high = np.percentile(image, (0.5, 99.5))
-    return np.clip((image - low) / max(high - low, 1e-30), 0, 1)
-
-
-def check(reader, files, label_files):
+def look_at(files, labels):
     """look() at each label with its image. Raises InputError for an image that isn't as large as its label."""
-    looks = []
-    for file, label_file in zip(files, label_files, strict=True):
-        image, label = reader(*file), read_grey(*label_file)
-        if image.shape != label.shape:
-            raise InputError(f"{file[0]}: {image.shape}, but its label has {label.shape} pixels")
-        looks.append(look(label, image))
-    return looks
+    return [look(*reversed(read_pair(*each))) for each in zip(files, labels, strict=True)]
 
 
 def score(job):
-    """count() of one slice; job: (what, its file, the label's file, the label's values), files as (file, page, …)."""
-    what, file, label_file, values = job
+    """count() of one slice; job: (what reads it or None, its file, its page, scale, the label's file, its values)."""
+    reader, *file, label_file, values = job
     interior = read_label(*label_file, values) > 0
-    if what == "all_interior":
-        return count(np.ones(interior.shape, bool), interior)
-    return count((read_blurred if what == "blurred_slices" else read_probability)(*file), interior)
+    return count(reader(*file) if reader else np.ones(interior.shape, bool), interior)
 
 
-def find_files(args):
-    """What to score -> (files, labels, the two values of labels: membrane, interior).
+def find_jobs(args):
+    """What to score -> {name: a list of jobs for score()}, of the prediction and its floors.
 
-    files: {"prediction": [(file, page, scale)], and, if there are slices, "blurred_slices": [(file, page)]}. labels:
-    [(file, page)]. All are read once, before minutes of work. Raises InputError.
+    All files are read once, before minutes of work. Raises InputError.
     """
-    labels, predicted = list_slices(args.label), pair(args.prediction, args.label, "_prob")
-    without = {name for name, *_ in labels} - {label[0] for _, label in predicted if label}
+    predictions = pair(args.prediction, args.label, "_prob")
+    without = {name for name, *_ in list_slices(args.label)} - {label[0] for _, label in predictions if label}
     if without:
         raise InputError(f"{args.label}: has {min(without)}, but {args.prediction} does not")
-    found = [(one[1:], label[1:]) for one, label in predicted if label]
-    if len(found) < len(predicted):
-        print(f"{len(predicted) - len(found)} of {len(predicted)} slices have no label: scoring the other {len(found)}")
-    label_files, scale = [label for _, label in found], find_scale(args.prediction, [one for one, _ in found])
-    files, where = {"prediction": [(*one, scale) for one, _ in found]}, "prediction"
-    looks = check(read_probability, files["prediction"], label_files)
+    files, labels = zip(*((one[1:], label[1:]) for one, label in predictions if label), strict=True)
+    if len(files) < len(predictions):
+        print(f"{len(predictions) - len(files)} of {len(predictions)} slices have no label: scoring the other ones")
+    scale, looks, where = find_scale(args.prediction, files), look_at(files, labels), "prediction"
+    readers = {"prediction": (predicted, files), "all_interior": (None, files)}
     given = args.image or beside(Path(args.label).resolve(), "label", "image")
     # What lies beside the labels may be other slices: nobody said that they belong here.
     with suppress(*() if args.image else (InputError,)):
         if given:
             slice_of = {label[1:]: one[1:] for one, label in pair(given, args.label) if label}
-            missing = [file for file in label_files if file not in slice_of]
+            missing = [file for file in labels if file not in slice_of]
             if missing:
                 raise InputError(f"{given}: has no slice for {missing[0][0]}")
-            blurred = [slice_of[file] for file in label_files]
-            looks, where = check(read_slice, blurred, label_files), "slices"
-            files["blurred_slices"] = blurred
-    return files, label_files, judge(args.label, looks, where)
+            slices = [slice_of[file] for file in labels]
+            looks, where = look_at(slices, labels), "slices"
+            readers["blurred_slices"] = blurred, slices
+    values = judge(args.label, looks, where)
+    return {
+        name: [(reader, *file, scale, label, values) for file, label in zip(files, labels, strict=True)]
+        for name, (reader, files) in readers.items()
+    }
 
 
 def table(results, slices):
@@ -131,12 +121,11 @@ def table(results, slices):
 
 def as_json(results):
     """What --json writes: all scores at all thresholds, the best ones, the floors."""
-    written = {}
+    written = {what: {name: values.tolist() for name, values in found.items()} for what, found in results.items()}
     for what, found in results.items():
         bests = {name: best(found, name) for name in SCORES}
-        written[what] = {name: values.tolist() for name, values in found.items()}
-        written[what]["best"] = {name: value for name, (value, _) in bests.items()}
-        written[what]["best_threshold"] = {name: threshold for name, (_, threshold) in bests.items()}
+        for i, key in enumerate(("best", "best_threshold")):
+            written[what][key] = {name: pair[i] for name, pair in bests.items()}
     return {"thresholds": THRESHOLDS.tolist(), **written.pop("prediction"), "floors": written}
 
 
@@ -152,26 +141,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    files, label_files, values = find_files(args)
+    jobs = find_jobs(args)
+    everything = [job for some in jobs.values() for job in some]
     if args.json:
         check_output(args.json)
-        images = {os.path.realpath(file) for file, *_ in sum(files.values(), label_files)}
+        images = {
+            os.path.realpath(file) for _, slice_file, *_, label, _ in everything for file in (slice_file, label[0])
+        }
         if os.path.realpath(args.json) in images:
             raise InputError(f"--json {args.json}: is one of the images, choose another name")
     start.keep("nothing was written")
-
-    kinds = ["prediction", "all_interior", "blurred_slices"][: 1 + len(files)]
-    jobs = [
-        (what, file, label_file, values)
-        for what in kinds
-        for file, label_file in zip(files.get(what, label_files), label_files, strict=True)
-    ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        counts = list(tqdm(pool.map(score, jobs), "scoring", len(jobs), leave=False, disable=None))
-    slices = len(label_files)
-    results = {what: combine(counts[i * slices : (i + 1) * slices]) for i, what in enumerate(kinds)}
-    print("\n".join(table(results, slices)))
-    if "blurred_slices" not in files:
+        counts = list(tqdm(pool.map(score, everything), "scoring", len(everything), leave=False, disable=None))
+    results = {name: combine(some) for name, some in zip(jobs, np.split(np.array(counts), len(jobs)), strict=True)}
+    print("\n".join(table(results, len(jobs["prediction"]))))
+    if "blurred_slices" not in jobs:
         print("no floor of blurred slices: --image says where the slices are")
     if args.json:
         with write_whole(args.json) as file:

@@ -34,7 +34,7 @@ def Train_Unet(net, device, args):
     criterion = nn.BCEWithLogitsLoss(reduction="none")  # on logits: the net has no sigmoid
     run = Run(net, optimizer, device, args, train_set, val_set, graph=True)  # goes on from --resume
     schedule = run.schedule(len(loader))
-    step = Graphs(TrainGraph, net, criterion, optimizer, schedule, run.found["amp"])
+    step = Graphs(TrainGraph, net, criterion, optimizer, schedule, run.amp)
 
     for epoch in range(run.first_epoch, args.epochs + 1):
         for image, label, weight in run.batches(loader, epoch):

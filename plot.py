@@ -4,12 +4,11 @@
     python3 plot.py Unet_train.csv --out loss.png
 
 Reads the plain log (a loss a line) or the CSV. Beside a plain log, the CSV of the same run is used if it is there,
-since it knows the validation loss too. Writes a PNG, and shows a window where there is a display.
+since it knows the validation loss too. Writes a PNG.
 """
 
 import csv
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from common import start
@@ -20,69 +19,50 @@ MADE_BY = b"Matplotlib"  # what is in the first bytes of a PNG of ours
 
 
 def read_log(path):
-    """Log file -> (epochs, training losses, validation losses), lists with an item an epoch.
+    """Log file -> {"training": [(epoch, loss)], "validation": [(epoch, loss)]}, of epochs that have one.
 
-    Where there was no validation, its loss is NaN. Raises OSError or ValueError.
+    Raises OSError or ValueError.
     """
+    text = path.read_text()
+    rows = csv.DictReader(text.splitlines())
     if path.suffix != ".csv":
-        train = [float(line) for line in path.read_text().split()]
-        return list(range(1, len(train) + 1)), train, [float("nan")] * len(train)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "train_loss" not in rows[0]:
-        raise ValueError("no column train_loss")
-    epochs = [int(row["epoch"]) for row in rows]
-    train = [float(row["train_loss"]) for row in rows]
-    return epochs, train, [float(row.get("val_loss") or "nan") for row in rows]
+        rows = ({"epoch": epoch, "train_loss": line} for epoch, line in enumerate(text.split(), 1))
+    losses = {"training": [], "validation": []}
+    for row in rows:
+        losses["training"].append((int(row["epoch"]), float(row["train_loss"])))
+        if row.get("val_loss"):
+            losses["validation"].append((int(row["epoch"]), float(row["val_loss"])))
+    if not losses["training"]:
+        raise ValueError("no epoch in it yet")
+    return losses
 
 
 def find_losses(log):
-    """(what read_log gives, the file that it was read from), the CSV of the same run rather than the plain log.
-
-    Raises InputError.
-    """
+    """(what read_log gives, the file that it was read from), the CSV of the same run rather than the plain log."""
     try:
-        losses, beside = read_log(log), log.with_suffix(".csv")
-        if log != beside and beside.exists():
-            more = read_log(beside)
-            if [f"{loss:.4f}" for loss in more[1]] == log.read_text().split():
-                losses, log = more, beside  # else it is another run's
-        if not any(loss == loss for loss in losses[1]):
-            raise ValueError("no epoch in it yet")
+        losses, table = read_log(log), log.with_suffix(".csv")
+        if log != table and table.exists():
+            more = read_log(table)
+            if [f"{loss:.4f}" for _, loss in more["training"]] == log.read_text().split():  # else it is another run's
+                return more, table
+        return losses, log
     except (OSError, ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{log}: not a loss log ({reason})") from None
-    return losses, log
 
 
-def draw(figure, epochs, train, val):
-    """Draw the losses into a matplotlib Figure; the best epoch is marked."""
-    axes = figure.subplots()
-    axes.plot(epochs, train, ".-", label="training")
-    judged, name = [pair for pair in zip(train, epochs, strict=True) if pair[0] == pair[0]], "training"
-    # Not each epoch is validated: a line through those that are. NaN isn't equal to itself.
-    validated = [pair for pair in zip(val, epochs, strict=True) if pair[0] == pair[0]]
-    if validated:
-        axes.plot([epoch for _, epoch in validated], [loss for loss, _ in validated], ".-", label="validation")
-        judged, name = validated, "validation"
-    loss, best = min(judged)
-    axes.plot(best, loss, "*", color="black", markersize=12, label=f"lowest {name} loss: {loss:.4f}, epoch {best}")
+def draw(axes, losses):
+    """Draw the losses, and mark the lowest one of validation, or of training where nothing was validated."""
+    for name, points in losses.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), ".-", label=name)
+            epoch, loss = min(points, key=lambda point: point[1])
+    text = f"lowest {name if points else 'training'} loss: {loss:.4f}, epoch {epoch}"
+    axes.plot(epoch, loss, "*", color="black", markersize=12, label=text)
     axes.set(xlabel="epoch", ylabel="loss (binary cross-entropy)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def show(losses, options):
-    """A window with the picture, where there is a display and a toolkit for one."""
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return
-    from matplotlib import pyplot
-
-    with suppress(ImportError, RuntimeError):  # no toolkit, or the display can't be reached
-        draw(pyplot.figure(**options), *losses)
-        if pyplot.get_backend().lower() != "agg":
-            pyplot.show()
 
 
 def main():
@@ -94,20 +74,17 @@ def main():
     os.environ.pop("MPLBACKEND", None)  # a notebook's isn't there for us, and matplotlib refuses to be imported then
     from matplotlib.figure import Figure
 
-    options = {"figsize": (7, 4.5), "layout": "constrained"}
-    figure = Figure(**options)
-    draw(figure, *losses)
+    figure, out = Figure(figsize=(7, 4.5), layout="constrained"), Path(args.out)
+    draw(figure.subplots(), losses)
     try:
-        out = Path(args.out)
         if out.exists() and MADE_BY not in out.read_bytes()[:200]:
             raise InputError(f"--out {out}: is no picture of plot.py's, choose another name")
         with write_whole(out, sync=False) as file:
             figure.savefig(file, format="png", dpi=150)
     except OSError as error:
-        raise InputError(f"{args.out}: can't be written ({error.strerror})") from None
-    count = len(losses[0])
-    print(f"{args.out}: {count} epoch{'s' * (count != 1)} of {log}", flush=True)
-    show(losses, options)
+        raise InputError(f"{out}: can't be written ({error.strerror})") from None
+    count = len(losses["training"])
+    print(f"{out}: {count} epoch{'s' * (count != 1)} of {log}")
 
 
 if __name__ == "__main__":

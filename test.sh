@@ -1,22 +1,14 @@
 #!/usr/bin/env bash
-# Predicts slices, with the weights of your last training or else those of this repository. Flags go to
-# predict_unet_test.py:
-#
-#     bash test.sh
-#     bash test.sh --Test_Data_path my_slices --save_res_path my_membranes --tta
-#
-# What it reads and writes is where you stand; data/ of this repository where you have none and name none.
+# Predicts slices, by your last training or else this repository's weights: bash test.sh --Test_Data_path my_slices --tta
+# Flags go to predict_unet_test.py. What it reads and writes is where you stand; where you have no data/test_image and
+# name no other slices, it is that of this repository.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/env.sh"
-data=()
-case " $* " in
-    *" --Test_Data_path"* | *" --help "* | *" -h "*) ;;
-    *)
-        if [ ! -e data/test_image ]; then
-            [ -e "$here/data/test_image" ] || [ -e "$here/data/train_image" ] || python3 "$here/data/prepare.py" auto
-            [ . -ef "$here" ] || data=(--Test_Data_path "$here/data/test_image")
-        fi
-        ;;
-esac
+
+data=() given=" $* "
+if [[ $given != *" --Test_Data_path"* && $given != *" --help "* && $given != *" -h "* && ! -e data/test_image ]]; then
+    [ -e "$here/data/test_image" ] || [ -e "$here/data/train_image" ] || python3 "$here/data/prepare.py" auto
+    [ . -ef "$here" ] || data=(--Test_Data_path "$here/data/test_image")
+fi
 exec python3 "$here/predict_unet_test.py" "${data[@]}" "$@"

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 MIN_CROP = 32  # pixels: one pixel at the deepest level has no variance for batch normalisation
 DATA = "data/train_image"
@@ -19,27 +18,32 @@ class InputError(ValueError):
     """What the user gave can't be used: scripts print it as one line and exit with 2."""
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves a docstring's lines as they are, and says each flag's default."""
+
+    def _get_help_string(self, action):
+        if "default" in action.help or action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, with a script's docstring as its help; raises InputError instead of ending the process."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind, minimum, above=False, maximum=None):
-    """An argparse type: a finite int or float from `minimum` (or above it) to `maximum`."""
-    if maximum is None:
-        maximum = 2**31 - 1 if kind is int else sys.float_info.max
+def number(kind, minimum, maximum=2**31 - 1):
+    """An argparse type: an int or float from `minimum` to `maximum`."""
 
     def parse(text):
         value = kind(text)
-        if not value >= minimum or (above and value == minimum):
-            raise argparse.ArgumentTypeError(f"{text} is not {f'above {minimum}' if above else f'{minimum} or more'}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{text} is more than {maximum:g}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
         return value
 
     parse.__name__ = "number"  # argparse says "invalid number value" where kind(text) fails
@@ -61,110 +65,94 @@ def add_device(add):
 
 def training_parser(doc, augmentations):
     """The parser of the training scripts; augmentations: the kinds that the data set knows."""
-    parser = Parser(doc)
+    parser, path, count = Parser(doc), given_path, number(int, 1)
     add = parser.add_argument_group("slices").add_argument
-    path, default = given_path, "(default: %(default)s)"
-    add("--data_path", type=path, default=DATA, help=f"folder or TIFF stack of training slices {default}")
+    add("--data_path", type=path, default=DATA, help="folder or TIFF stack of training slices")
     add("--label_path", type=path, help="their labels (default: data_path with label for image)")
-    add("--val_path", type=path, help="folder or stack of validation slices")
+    add("--num_workers", type=number(int, 0, 64), default=0, help="processes that read slices")
+    validation = parser.add_argument_group("validation")
+    add = validation.add_mutually_exclusive_group().add_argument
+    add("--val_count", type=number(int, 0), default=0, help="hold out the last N training slices")
+    add("--val_path", type=path, help="or validate on this folder or stack of slices")
+    add = validation.add_argument
     add("--val_label_path", type=path, help="their labels (default: val_path with label for image)")
-    add("--val_count", type=number(int, 0), default=0, help="hold out the last N training slices for validation")
-    add("--num_workers", type=number(int, 0, maximum=64), default=0, help=f"processes that read slices {default}")
+    add("--val_every", type=count, default=5, help="validate each N epochs")
+    add("--best_by", choices=("loss", "v_rand"), default="loss", help="what best.safetensors is best in")
 
     add = parser.add_argument_group("network and device").add_argument
-    width = number(int, 1, maximum=1024)
-    text = f"channels of the first level (default: {WIDTH['cuda']} on a GPU, {WIDTH['cpu']} on a CPU)"
-    add("--base_channels", type=width, help=text)
+    add("--base_channels", type=number(int, 1, 1024), help=f"width of the first level (default: {WIDTH})")
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
-    share = number(float, 0, maximum=0.99)
-    add("--dropout", type=share, default=0.5, help=f"share set to 0 after the two deepest levels {default}")
+    add("--dropout", type=number(float, 0, 0.99), default=0.5, help="share set to 0 after the two deepest levels")
     add_device(add)
-    add("--amp", choices=("auto", "on", "off"), default="auto", help=f"mixed precision {default}")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision; auto: where a CPU has bfloat16")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=40, help=f"train up to this epoch {default}")
-    add("--repeat", type=number(int, 1, maximum=1e4), default=8, help=f"times an epoch sees each slice {default}")
-    add("--batch_size", type=number(int, 1), default=4, help=f"crops a step and device {default}")
-    add("--lr", type=number(float, 0, above=True), default=1e-3, help=f"learning rate {default}")
-    shape = "the learning rate falls to 0 along a cosine, or stays"
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help=f"{shape} {default}")
-    crop = "train on random crops of N pixels a side; 0: whole slices (default: 256, or what the smallest slice holds)"
+    add("--epochs", type=count, default=40, help="train up to this epoch")
+    add("--repeat", type=number(int, 1, 10_000), default=8, help="times an epoch sees each slice")
+    add("--batch_size", type=count, default=4, help="crops a step and device")
+    add("--lr", type=number(float, 1e-30, 1e38), default=1e-3, help="learning rate")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="whether it falls to 0 or stays")
+    crop = "side of the random crops to train on; 0: whole slices (default: 256, or what the smallest slice holds)"
     add("--crop", type=number(int, 0), metavar="N", help=crop)
-    kinds = ("flip", "rotate")
-    text = "what is done to slices at random; no value: nothing (default: flip rotate)"
-    add("--augment", nargs="*", choices=augmentations, default=list(kinds), help=text)
-    weight = number(float, 0, maximum=1e6)
-    text = f"how much more the loss counts membrane between two near cells; 0: alike {default}"
-    add("--border_weight", type=weight, default=10.0, metavar="W0", help=text)
-    add("--seed", type=number(int, 0), default=0, help=f"of all that is random {default}")
-    limit = number(float, 0, above=True)
-    text = f"of several processes, end one that got no further for S seconds {default}"
-    add("--rank_timeout", type=limit, default=1800.0, metavar="S", help=text)
+    kinds = "what is done to slices at random; no value: nothing"
+    add("--augment", nargs="*", choices=augmentations, default=["flip", "rotate"], help=kinds)
+    weight = "how much more the loss counts membrane between two near cells; 0: alike"
+    add("--border_weight", type=number(float, 0, 1e6), default=10.0, help=weight)
+    add("--seed", type=number(int, 0), default=0, help="of all that is random")
+    limit = "of several processes, end one that got no further for so many seconds"
+    add("--rank_timeout", type=number(float, 0.1), default=1800.0, help=limit)
 
-    add = parser.add_argument_group("what is kept").add_argument
-    text = f"folder for last.safetensors and best.safetensors {default}"
-    add("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help=text)
+    kept = parser.add_argument_group("what is kept")
+    folder = "folder for last.safetensors and best.safetensors"
+    kept.add_argument("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help=folder)
+    kept.add_argument("--log_file", type=path, default="Unet_train.txt", help="a loss a line; more is in the .csv")
+    add = kept.add_mutually_exclusive_group().add_argument
     add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments")
     add("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
-    text = f"a loss a line; more goes into the .csv beside it {default}"
-    add("--log_file", type=path, default="Unet_train.txt", help=text)
-    add("--val_every", type=number(int, 1), default=5, help=f"validate each N epochs {default}")
-    text = f"what best.safetensors is best in: validation (else training) loss, or validation V_Rand {default}"
-    add("--best_by", choices=("loss", "v_rand"), default="loss", help=text)
     return parser
 
 
 def parse_args(doc, augmentations, argv=None):
-    """The training scripts' arguments. With --resume, the checkpoint's own are the defaults.
+    """The training scripts' arguments; those of --resume's checkpoint are the defaults. Raises InputError.
 
-    doc: the script's docstring. augmentations: the kinds that the data set knows. Raises InputError.
+    doc: the script's docstring. augmentations: the kinds that the data set knows.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = training_parser(doc, augmentations)
     args = parser.parse_args(argv)
-    if args.resume and args.init:
-        raise InputError("--init: --resume has the weights already, leave one of the two out")
     if args.resume or args.init:
-        from common.checkpoint import arguments_of  # here, since it needs OneFlow, which other users of this don't
-
-        path = args.resume or args.init
-        args = resumed(parser, args, argv, path, arguments_of(path, init=not args.resume), augmentations)
+        args = parser.parse_args(saved_flags(args, argv, augmentations) + argv)  # which checks them
     if args.checkpoint_dir.endswith(".safetensors"):
-        raise InputError(
-            f"--checkpoint_dir {args.checkpoint_dir}: is the folder to write to; --init FILE begins with weights"
-        )
+        parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")
+    if args.log_file.endswith(".csv"):
+        parser.error(f"--log_file {args.log_file}: the .csv is written beside it, name a .txt")
     if args.crop and args.crop < MIN_CROP:
-        raise InputError(f"--crop {args.crop} is neither 0 nor {MIN_CROP} or more")
-    if args.val_path and args.val_count:
-        raise InputError("--val_count: the validation slices are those of --val_path, leave one of the two out")
+        parser.error(f"--crop {args.crop} is neither 0 nor {MIN_CROP} or more")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):
-        raise InputError("--best_by v_rand needs validation slices, pass --val_count N")
+        parser.error("--best_by v_rand needs validation slices, pass --val_count N")
     if args.val_label_path and not args.val_path:
-        raise InputError("--val_label_path: labels of which slices? pass --val_path")
+        parser.error("--val_label_path: labels of which slices? pass --val_path")
     return args
 
 
-def resumed(parser, args, argv, path, saved, augmentations):
-    """The arguments with those saved in a checkpoint as defaults, passed through the parser, which checks them."""
-    said = {word.split("=")[0] for word in argv}
+def saved_flags(args, argv, augmentations):
+    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as a list of flags."""
+    from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
+
+    path = args.resume or args.init
+    tensors, _, metadata = read(path)
+    saved = metadata.get("arguments") if args.resume else {}
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
+    said = {word.split("=")[0].removesuffix("_dir") for word in argv}
     for name in PATHS:
-        unsaid = not {f"--{name}", f"--{name}".removesuffix("_dir")} & said
-        if unsaid and saved.get(name) not in (None, getattr(args, name)):
+        if f"--{name}".removesuffix("_dir") not in said and saved.get(name) not in (None, getattr(args, name)):
             raise InputError(f"{path}: was made with --{name} {saved[name]}, pass --{name}")
-    flags = ["--bilinear"] if saved.get("bilinear") is True else []
+    *_, bilinear, saved["base_channels"] = architecture(path, tensors)
+    flags = ["--bilinear"] * bilinear
     for name in RESUMED:
         if isinstance(saved.get(name), int | float | str) and not (name == "val_count" and args.val_path):
             flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
     if isinstance(saved.get("augment"), list):
         flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]
-    args = parser.parse_args(flags + argv)
-    if (args.bilinear, args.base_channels) != (saved["bilinear"], saved["base_channels"]):
-        net = f"{saved['base_channels']} base channels{', bilinear' * saved['bilinear']}"
-        raise InputError(f"{path}: a net of {net}; leave --base_channels and --bilinear as they were")
-    return args
-
-
-def default_label_path(path):
-    """The folder or stack of labels beside one of slices: its name with `label` for the last `image`; None if none."""
-    path = Path(path)
-    return path.with_name("label".join(path.name.rsplit("image", 1))) if "image" in path.name else None
+    return flags

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.arguments import InputError
 
-unfinished = set()  # files that write_whole is writing: who ends the process in the midst removes them
+unfinished = set()  # files that are being written: who ends the process in the midst removes them
 held = {}  # what this process has locked: real path -> what holds the lock
 
 
@@ -18,8 +18,7 @@ held = {}  # what this process has locked: real path -> what holds the lock
 def write_whole(path, sync=True):
     """A binary file to write to; `path` holds what it held until all is written, then all of it.
 
-    With `sync` that is so even after a power cut. If the block raises, `path` stays as it was. Two processes that
-    write one file don't disturb each other: the later one's is there in the end.
+    With `sync` that is so even after a power cut. Of two processes that write one file, the later one's is there.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -46,10 +45,7 @@ def write_whole(path, sync=True):
 
 
 def make_folder(path):
-    """Make a folder to write to, without what killed processes left unfinished. Raises InputError if it can't be used.
-
-    Call it before the work, so that hours of it aren't lost.
-    """
+    """Make a folder to write to, before the work, and tidy up what killed processes left there. Raises InputError."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,28 +68,19 @@ def check_output(path):
 
 
 def lock(path):
-    """Hold a file or folder that this run writes until the process ends, however it ends.
+    """Hold a file or folder to write until the process ends. Raises InputError if another one holds it.
 
-    The lock is a name in the kernel, made of the path, so no file is left behind; and on a folder, which other hosts
-    may write too, one of the file system where it has such. Raises InputError where another process holds it.
+    Held is a name in the kernel, so nothing is left behind, and a folder, which other hosts may write to, itself.
     """
     real = os.path.realpath(path)
     if real in held:
         return
-    name = socket.socket(socket.AF_UNIX)
+    name, folder = socket.socket(socket.AF_UNIX), os.open(real, os.O_RDONLY) if os.path.isdir(real) else None
     try:
         name.bind("\0" + hashlib.sha256(os.fsencode(real)).hexdigest())
-        folder = os.open(real, os.O_RDONLY) if os.path.isdir(real) else None
         if folder is not None:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno == errno.EWOULDBLOCK:  # else a file system without locks
-                    raise
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EWOULDBLOCK):
-            raise
-        raise InputError(
-            f"{path}: another training writes there, choose another place for what this one writes"
-        ) from None
+        if error.errno in (errno.EADDRINUSE, errno.EWOULDBLOCK):  # else a file system without locks
+            raise InputError(f"{path}: another training writes there, choose another place for this one's") from None
     held[real] = name, folder

@@ -12,12 +12,10 @@ STATE["AdamW"] = STATE["Adam"]
 
 
 class TrainingGraph(nn.Graph):
-    """One training step, compiled when it is first called, for the shapes of that call; subclasses have `build`.
+    """One training step, compiled for the shapes of its first call; subclasses have `build`.
 
-    It works on the net's own tensors and on the optimizer's, so that graphs of other shapes, validation and checkpoints
-    see what it has done. `count`: the steps done so far, int64 (1,), which all graphs share too. It drives the schedule
-    and Adam's bias correction alike, so a run resumed with another number of steps an epoch differs from an eager one
-    at first. Raises InputError for an optimizer that it doesn't know.
+    All graphs work on the net's own tensors, on the optimizer's and on `count`, the steps so far, int64 (1,). That
+    drives schedule and bias correction: resumed with another number of steps an epoch, they differ from eager ones.
     """
 
     def __init__(self, net, criterion, optimizer, schedule, count, amp):

@@ -23,30 +23,21 @@ LARGE = 2**26  # pixels, beyond which a slice that takes hardly any bytes is no 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file of each kind begins
 COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946}  # of TIFF, that OpenCV reads: none, fax, LZW, JPEG, ZIP, PackBits
 
-lock, silencers, kept_stderr = threading.Lock(), 0, None
+lock = threading.Lock()
 
 
 @contextmanager
 def quiet_stderr():
-    """Silence what libpng, libtiff and OpenCV print to descriptor 2, past Python. Threads may overlap."""
-    global silencers, kept_stderr
+    """Silence what libpng, libtiff and OpenCV print to descriptor 2, past Python; one thread at a time."""
     with lock:
-        silencers += 1
-        if silencers == 1:
-            kept_stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, 2)
+        kept, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
             os.close(devnull)
-    try:
-        yield
-    finally:
-        with lock:
-            silencers -= 1
-            if silencers == 0:
-                os.dup2(kept_stderr, 2)
-                os.close(kept_stderr)
-
-
-# --------------------------------------------------------------------------------------------------- finding slices
 
 
 @cache
@@ -65,17 +56,15 @@ def list_slices(path, strict=True):
     Raises InputError when there is nothing to read, two slices would have the same name, a TIFF is cut off or, if
     `strict`, one that OpenCV would misread.
     """
-    path = Path(path)
+    path, others = Path(path), []
     try:
-        if path.is_dir():
-            files = [f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")]
-        elif path.is_file():
-            files = [path]
-        else:
+        files = [f for f in path.iterdir() if f.is_file() and f.name[0] != "."] if path.is_dir() else [path]
+        if files == [path] and not path.is_file():
             raise InputError(f"{path}: no such file or folder")
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    others = [] if files == [path] else sorted(f.name for f in files if f.suffix.lower() not in SUFFIXES)
+    if path not in files:
+        others = sorted(f.name for f in files if f.suffix.lower() not in SUFFIXES)
     files = [f for f in files if f.name not in others]
     if not files:
         raise InputError(f"{path}: holds no image (looked for {', '.join(sorted(SUFFIXES))})")
@@ -84,20 +73,18 @@ def list_slices(path, strict=True):
 
     # Digits compare as numbers; re.split alternates text and digits, so like meets like. 01 and 1 need the name too.
     files.sort(key=lambda f: ([int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.name)], f.name))
-    slices = []
+    slices = {}
     for file in files:
         pages = list_pages(file, strict)
-        stack = len(pages) > 1
-        slices += [(f"{file.stem}_{number}" if stack else file.stem, file, page) for number, page in enumerate(pages)]
-    file_of = {}
-    for name, file, _ in slices:
-        if name in file_of:
-            raise InputError(f"{file}: has the same name as {file_of[name]}, rename one of them")
-        file_of[name] = file
-    return slices
+        for number, page in enumerate(pages):
+            name = f"{file.stem}_{number}" if len(pages) > 1 else file.stem
+            if name in slices:
+                raise InputError(f"{file}: has the same name as {slices[name][0]}, rename one of them")
+            slices[name] = file, page
+    return [(name, *where) for name, where in slices.items()]
 
 
-def list_pages(file, strict=True):
+def list_pages(file, strict):
     """The page numbers of a TIFF's slices, smaller copies of them left out; [0] for any other file.
 
     Raises InputError for what can't be counted or would be misread.
@@ -112,7 +99,7 @@ def list_pages(file, strict=True):
             # tifffile takes a chain of pages that leads beyond the file's end, or back, for one that ends there.
             kind, end = tiff.tiff, tiff.filehandle
             end.seek(pages[-1].offset)
-            tags = int.from_bytes(end.read(kind.tagnosize), kind.byteorder.replace("<", "little").replace(">", "big"))
+            tags = int.from_bytes(end.read(kind.tagnosize), "little" if kind.byteorder == "<" else "big")
             end.seek(tags * kind.tagsize, 1)
             after = end.read(kind.offsetsize)
             trouble = misread(tiff, pages)
@@ -122,7 +109,7 @@ def list_pages(file, strict=True):
     except OSError:
         return [0]  # it fails in read_slice, as other unreadable files do
     except Exception:  # damaged files make tifffile raise a dozen unrelated classes
-        after = b"damaged"
+        after = b""
     if after.strip(b"\0") or not after:
         raise InputError(f"{file}: is damaged or cut off, its pages can't be counted")
     if trouble and strict:
@@ -141,38 +128,27 @@ def misread(tiff, pages):
         return f"has {channels} channels for a slice, save one of them alone (Fiji: Image > Color > Split Channels)"
     for page in pages:
         samples, grey = page.samplesperpixel, page.photometric in (0, 1)
-        # OpenCV takes it for black where it has 16 bit or more; programs disagree about 1 bit.
-        if page.photometric == 0 and samples == 1:
+        if page.photometric == 0 and samples == 1:  # programs disagree about it, and OpenCV with itself
             return f"has 0 for white, save it with 0 for black (Fiji: Lookup Tables > Grays), a label by {CONVERT}"
-        orientation = page.tags.valueof(274, default=1)
-        if 2 <= (orientation[0] if isinstance(orientation, bytes) else orientation) <= 8:  # programs disagree here too
+        if page.tags.valueof(274, default=1) not in (0, 1, b"\0", b"\1"):
             return "is stored turned or mirrored, save it upright"
         if page.compression not in COMPRESSIONS:
             name = getattr(page.compression, "name", page.compression)
             return f"is compressed as {name}, which can't be read, save it uncompressed (Fiji: Save As > Tiff)"
-        # Of these OpenCV leaves some out or mixes them up; three slices that tifffile took for colours it would make
-        # one. Grey of 8 bit with transparency (1, 2) it reads.
+        # Of several it leaves some out or mixes them up, but for grey of 8 bit with transparency (1, 2).
         transparent = samples == 2 and page.bitspersample == 8 and set(page.extrasamples) <= {1, 2}
         if samples > 1 and (page.planarconfig == 2 or (grey and not transparent)):
             return f"a page holds {samples} channels (slices, colours, transparency), save a grey one a page"
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read_slice(file, page=0):
+def read_slice(file, page=0, flags=cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH):
     """One slice as a grey array (H, W) of the file's own type: integers to 32 bit, or floats.
 
-    Colour is turned to grey. Raises InputError when the file can't be read as an image, holds values that are not
-    finite or beyond 1e30, or unpacks to what no micrograph is. Training, validation and prediction read through this
-    function; threads may share it.
+    Colour is turned to grey, but for OpenCV's flag IMREAD_UNCHANGED: (H, W, 3) or (H, W, 4). Raises InputError when the
+    file can't be read as an image, holds values that are not finite or beyond 1e30, or unpacks to what no micrograph
+    is. Training, validation and prediction read through this function; threads may share it.
     """
-    return decode(file, page, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-
-
-def decode(file, page, flags):
-    """read_slice, with OpenCV's flags: with IMREAD_UNCHANGED (H, W, 3) or (H, W, 4) where there are colours."""
     pages = ()
     try:
         with open(file, "rb") as raw:
@@ -204,16 +180,18 @@ def find_border(image):
 
     Such an area has a thousandth of the slice's pixels at least, and 16 of them in a row at the edge.
     """
+
+    def edges(array):
+        return array[0], array[-1], array[:, 0], array[:, -1]
+
     border = np.zeros(image.shape, bool)
-    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
-        steps = np.flatnonzero(np.diff(edge)) + 1
-        runs = np.diff(np.concatenate(([0], steps, [len(edge)])))
-        starts = np.concatenate(([0], steps))
-        for value in np.unique(edge[starts[runs >= 16]]):
-            _, areas, sizes, _ = cv2.connectedComponentsWithStats((image == value).astype(np.uint8), connectivity=4)
-            at_edge = np.unique(np.concatenate((areas[0], areas[-1], areas[:, 0], areas[:, -1])))
-            large = [area for area in at_edge if area and sizes[area, cv2.CC_STAT_AREA] * 1000 >= image.size]
-            border |= np.isin(areas, large)
+    for edge in edges(image) if min(image.shape) >= 16 else ():
+        runs = np.convolve(edge[1:] == edge[:-1], np.ones(15), "valid") > 14.5
+        for value in np.unique(edge[:-15][runs]):
+            _, areas, boxes, _ = cv2.connectedComponentsWithStats((image == value).astype(np.uint8), connectivity=4)
+            large = 1000 * boxes[:, cv2.CC_STAT_AREA] >= image.size
+            large[0] = False  # the other values
+            border |= np.isin(areas, [area for area in np.unique(np.concatenate(edges(areas))) if large[area]])
     return border
 
 

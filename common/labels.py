@@ -6,7 +6,7 @@ In a label white is the interior of a cell and black is membrane. Others are ref
 from pathlib import Path
 
 from common.arguments import InputError
-from common.images import CONVERT, TIFF, decode, list_slices, normalise, quiet_stderr
+from common.images import CONVERT, TIFF, list_slices, normalise, read_slice
 
 import cv2
 import numpy as np
@@ -50,26 +50,23 @@ def read_label(file, page=0, values=None):
 
 
 def read_grey(file, page=0):
-    """One label as a grey array (H, W), of one or two values.
-
-    Raises InputError for more of them, and for a label whose polarity can't be told: in colour, with a palette or with
-    transparency.
-    """
+    """A label (H, W) of at most two values as it is in the file. Raises InputError for any other, saying what it is."""
     try:
-        label = decode(file, page, cv2.IMREAD_UNCHANGED)
+        label = read_slice(file, page, cv2.IMREAD_UNCHANGED)
     except InputError as error:
         raise InputError(f"{error} (a label of another type: {CONVERT})") from None
     with open(file, "rb") as start:
         head = start.read(32)
     palette = head[25:26] == b"\3" and head[:4] == b"\x89PNG"
     if head[:4] in TIFF:
-        with quiet_stderr(), tifffile.TiffFile(file, _multifile=False) as tiff:
+        with tifffile.TiffFile(file, _multifile=False) as tiff:
             palette = tiff.pages.first.photometric == 3
-    transparent = label.ndim == 3 and label.shape[2] == 4 and np.ptp(label[:, :, 3])
-    if palette or transparent or (label.ndim == 3 and np.ptp(label[:, :, :3], axis=2).any()):
+    colours = label.reshape(*label.shape[:2], -1)
+    transparent = colours.shape[2] == 4 and np.ptp(colours[:, :, 3])
+    if palette or transparent or np.ptp(colours[:, :, :3], axis=2).any():
         kind = "a palette" if palette else "transparency" if transparent else "colours"
         raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} --threshold N")
-    label = label if label.ndim == 2 else label[:, :, 0]
+    label = colours[:, :, 0]
     if not ((label == label.min()) | (label == label.max())).all():
         found, counts = np.unique(label, return_counts=True)
         # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
@@ -79,6 +76,14 @@ def read_grey(file, page=0):
             f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} {flag}"
         )
     return label
+
+
+def read_pair(file, label_file):
+    """A slice and its label, each (file, page) -> two arrays (H, W). Raises InputError, also for other sizes."""
+    image, label = read_slice(*file), read_grey(*label_file)
+    if label.shape != image.shape:
+        raise InputError(f"{label_file[0]}: {label.shape}, but {file[0]} has {image.shape} pixels")
+    return image, label
 
 
 def look(label, image):
@@ -95,17 +100,15 @@ def judge(label_path, looks, where="slices", part=False):
     should be interior looks like membrane: darker in the images than the rest, and less than half of all pixels.
     """
     total = {}
-    for one in looks:
-        for value, (pixels, light) in one.items():
-            before = total.get(value, (0, 0))
-            total[value] = before[0] + pixels, before[1] + light
+    for value, numbers in (item for one in looks for item in one.items()):
+        total[value] = np.add(total.get(value, 0), numbers)
     if part and len(total) == 1 and set(total) <= {0, 1, 255}:
         return 0, max(*total, 1)
     if len(total) != 2:
         some = ", ".join(f"{value:g}" for value in sorted(total)[:6])
         way = f": {CONVERT} --{'cells' if len(total) > 6 else 'threshold N'}" if len(total) > 2 else ""
         raise InputError(f"{label_path}: its labels together have {len(total)} values ({some}), not two{way}")
-    (_, (dark_pixels, dark)), (_, (pixels, light)) = sorted(total.items())
+    (dark_pixels, dark), (pixels, light) = (total[value] for value in sorted(total))
     if pixels < dark_pixels and light / pixels < dark / dark_pixels:
         raise InputError(
             f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels and dark in the "

@@ -26,9 +26,9 @@ SCORES = {
 
 
 def thin(interior):
-    """Interior (H, W), bool -> its 4-connected components, grown until lines of a pixel part them.
+    """Interior (H, W), bool -> its 4-connected components, grown until lines of a pixel (0) part them, integers (H, W).
 
-    Integers (H, W), 0 on the lines. Without any interior all is one component.
+    Without any interior all is one component.
     """
     if not interior.any():
         return np.ones(interior.shape, int)
@@ -45,8 +45,8 @@ def entropy(counts, single=0):
 def partition_scores(label, segments):
     """(V_Rand, V_Info, pairs) of a slice; pairs counts pixels that go together: in both, in the label, in the segments.
 
-    label: (H, W), bool, True inside cells. segments: (H, W), integers as from thin(). Counted over the label's
-    interior, where each pixel on a line is a segment of its own; a label without any interior gives (1, 1, (0, 0, 0)).
+    label: (H, W), bool, True inside cells. segments: (H, W), integers as from thin(). Counted over the label's interior
+    (none: 1, 1, (0, 0, 0)), where each pixel on a line is a segment of its own.
     """
     if not label.any():
         return 1.0, 1.0, (0, 0, 0)
@@ -68,22 +68,20 @@ def count(probability, label, thresholds=THRESHOLDS):
 
     probability: (H, W), floats in [0, 1], or bool. label: (H, W), bool, True inside cells.
     """
-    rows = {}
-    for threshold in thresholds:
-        found = probability > threshold
-        size = np.count_nonzero(found)  # as many pixels of one probability are the same pixels
-        if size not in rows:
+    rows, sizes = {}, [np.count_nonzero(probability > threshold) for threshold in thresholds]
+    for threshold, size in zip(thresholds, sizes, strict=True):
+        if size not in rows:  # as many pixels of one probability are the same pixels
+            found = probability > threshold
             v_rand, v_info, pairs = partition_scores(label, thin(found))
             pixels = (found & label, found & ~label, ~found & label, ~found & ~label)
             rows[size] = [v_rand, v_info, *pairs, *map(np.count_nonzero, pixels)]
-    return np.array([rows[np.count_nonzero(probability > threshold)] for threshold in thresholds], np.float64)
+    return np.array([rows[size] for size in sizes], np.float64)
 
 
 def combine(counts):
     """The scores of slices from count() of each -> {name: array (len(thresholds),)}.
 
-    V_Rand and V_Info are averages over the slices; the split and merge scores (how little is split, how little is
-    merged) and pixels are counted over all of them.
+    V_Rand and V_Info are averages over the slices; the split and merge scores and pixels are counted over all of them.
     """
     counts = np.array(list(counts))
     v_rand, v_info = counts[:, :, :2].mean(0).T
@@ -107,11 +105,7 @@ def combine(counts):
 
 
 def evaluate(probabilities, labels, thresholds=THRESHOLDS):
-    """Scores at each of the thresholds -> {name: array (len(thresholds),)}.
-
-    probabilities: P(interior) of each slice, (H, W), floats in [0, 1]. labels: (H, W), bool. Both may be iterators,
-    so that one slice is in memory at a time.
-    """
+    """combine() of count() of each slice; probabilities and labels may be iterators, a slice in memory at a time."""
     return combine(count(p, label, thresholds) for p, label in zip(probabilities, labels, strict=True))
 
 

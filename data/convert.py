@@ -3,36 +3,30 @@
 python3 data/prepare.py labels SOURCE OUT --membrane white
 """
 
-import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.arguments import InputError
-from common.images import CONVERT, decode, list_slices, quiet_stderr
+from common.images import CONVERT, list_slices, quiet_stderr, read_slice
 
 import cv2
 import numpy as np
 import tifffile
 
 
-def read_any(file, page):
-    """A label as the program that wrote it shows it: numbers (H, W) of any type, or colours (H, W, 3 or 4)."""
+def as_numbers(file, page, cells):
+    """A label as the program that wrote it shows it, one number a pixel (H, W); with `cells` one for each colour."""
+    label = None
     try:
         with quiet_stderr(), tifffile.TiffFile(file, _multifile=False) as tiff:
             found = tiff.pages[page]
-            label = found.asarray()
+            if found.photometric < 3:  # OpenCV doesn't know all types of grey; else a palette's colours
+                label = found.asarray()
             if found.photometric == 0 and "tifffile" not in found.software:  # 0 is white, which tifffile ignores
                 label = label.max() - label.astype(np.int64)
-            return label if found.photometric < 3 else decode(file, page, cv2.IMREAD_UNCHANGED)
-    except InputError:
-        raise
     except Exception:  # no TIFF, or one that OpenCV may know
-        return decode(file, page, cv2.IMREAD_UNCHANGED)
-
-
-def as_numbers(file, page, cells):
-    """A label as one number a pixel (H, W): grey, or with `cells` a number for each colour."""
-    label = read_any(file, page)
+        label = None
+    label = read_slice(file, page, cv2.IMREAD_UNCHANGED) if label is None else label
     if label.ndim == 2:
         return label.astype(np.uint8) if label.dtype == bool else label
     if label.ndim != 3 or label.shape[2] not in (3, 4):
@@ -54,7 +48,7 @@ def interior_of(label, args, values):
         interior[:-1] &= (label[:-1] == label[1:]) | (label[1:] == 0)
         return interior
     white = label > args.threshold if args.threshold is not None else label == max(values)
-    return white if args.membrane == "black" else ~white
+    return white == (args.membrane == "black")
 
 
 def find_values(slices, args):
@@ -62,7 +56,7 @@ def find_values(slices, args):
     values = set()
     for _, file, page in slices:
         label = as_numbers(file, page, args.cells)
-        values |= set(np.unique(label).tolist())
+        values.update(np.unique(label).tolist())
         if len(values) > 2:
             low, high = min(values), max(values)
             soft = np.isin(label, (low, high)).mean() > 0.5
@@ -79,26 +73,22 @@ def convert(source, out, args):
     args: membrane ("black" or "white"), threshold (a number or None), cells (bool). Raises InputError and OSError, and
     then leaves no OUT behind.
     """
-    slices = list_slices(source, strict=False)
+    slices, shares, cells = list_slices(source, strict=False), [], []
     if out.exists():
         raise InputError(f"{out}: exists already, name a folder to make: {CONVERT}")
     values = None if args.cells or args.threshold is not None else find_values(slices, args)
-    stage, shares, cells = Path(f"{out}.{os.getpid()}"), [], []
-    try:
-        stage.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as stage:
+        made = Path(stage, "made")
+        made.mkdir()
         for number, (name, file, page) in enumerate(slices):
             name = name if Path(source).is_dir() else number  # as slices of a folder are called most often
             interior = interior_of(as_numbers(file, page, args.cells), args, values).astype(np.uint8)
             shares.append(interior.mean())
             cells.append(cv2.connectedComponents(interior, connectivity=4)[0] - 1)
-            (stage / f"{name}.png").write_bytes(cv2.imencode(".png", interior * 255)[1])
-        os.rename(stage, out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    share = np.mean(shares)
+            (made / f"{name}.png").write_bytes(cv2.imencode(".png", interior * 255)[1])
+        made.rename(out)
+    share, other = np.mean(shares), {"black": "white", "white": "black"}[args.membrane]
     print(f"{out}: {len(slices)} labels, {share:.1%} interior, {np.mean(cells):.0f} cells a slice, from {source}")
     if share < 0.5:
-        other = "black" if args.membrane == "white" else "white"
-        print(
-            f"That is little interior. Is membrane {other} in {source}? Then remove {out} and pass --membrane {other}"
-        )
+        print(f"That is little interior. If membrane is {other} in {source}, remove {out}, pass --membrane {other}")

@@ -89,5 +89,5 @@ def test_no_dropout_is_said(slices, tmp_path):
     """A graph trains without dropout, which it says; a run that it began goes on without, by either script."""
     done = train("--epochs", 1, "--crop", 32, cwd=tmp_path, name=GRAPH)
     assert "no dropout" in done.stdout
-    assert metadata_of(tmp_path / LAST)["found"]["dropout"] == 0
+    assert metadata_of(tmp_path / LAST)["arguments"]["dropout"] == 0
     assert "dropout" not in resume("--epochs", 2, cwd=tmp_path).stdout

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import predict_unet_test
-from common import checkpoint, device, tiles
+from common import checkpoint, tiles
 from common.arguments import InputError
+from common.begin import pick
 from common.images import normalise, read_slice
 from common.pictures import write_pictures
 from conftest import ROOT, one_line, script, train, write_pairs
@@ -28,7 +29,7 @@ def trained(tmp_path_factory):
     """A folder with a checkpoint that has learnt the tiny slices, and twelve of them to predict."""
     folder = tmp_path_factory.mktemp("trained")
     write_pairs(folder / "data", 4)
-    train("--epochs", 15, "--lr", 0.01, "--batch_size", 2, cwd=folder)
+    train("--epochs", 15, "--lr", 0.01, "--batch_size", 2, "--amp", "off", cwd=folder)
     write_pairs(folder / "new", 12, shape=(50, 70), seed=1)
     return folder
 
@@ -118,7 +119,7 @@ def test_interrupting_leaves_whole_files_only(trained):
         assert cv2.imread(str(trained / "i" / name)) is not None
 
 
-def test_tiles_dont_show(monkeypatch):
+def test_tiles_dont_show():
     """Tiles give the whole slice's result to rounding, whatever their size."""
     net = UNet(1, 1, bilinear=False, base_channels=2).eval()
     for name, parameter in net.named_parameters():
@@ -131,8 +132,7 @@ def test_tiles_dont_show(monkeypatch):
     image = np.random.default_rng(0).uniform(0, 4, (420, 340)).astype(np.float32)
     whole = tiles.predict_tiles(net, image, "cpu", 0)
     assert whole.max() < 0.99  # the sigmoid isn't flat there
-    monkeypatch.setattr(tiles, "LARGEST", 300 * 300)
-    for tile in (None, 304):
+    for tile in (256, 304):
         tiled = tiles.predict_tiles(net, image, "cpu", tile)
         np.testing.assert_allclose(tiled, whole, rtol=0, atol=5e-7)
 
@@ -175,19 +175,14 @@ def test_symmetries():
 
 
 def test_the_margin_costs_a_third_at_most():
-    """Whatever the size: tiles cover the slice once, compute 4/3 of its pixels at most, and are bounded."""
-    rng = np.random.default_rng(0)
-    sizes = [(1024, 1024), (1449, 1449), (16, 9000), (20000, 18000), *rng.integers(16, 9000, (40, 2)).tolist()]
-    for height, width in sizes:
-        rows, columns = tiles.layout(height, width)
-        for side, windows in ((height, rows), (width, columns)):
-            assert [end for _, end, *_ in windows] == [*[begin for begin, *_ in windows][1:], side]
-            for begin, end, first, last in windows:
-                assert first % 16 == 0 and first in (0, begin - 96) and last in (side, end + 96)
-        lengths = [[last - first for *_, first, last in windows] for windows in (rows, columns)]
-        assert max(lengths[0]) * max(lengths[1]) <= tiles.LARGEST
-        if min(height, width) > 500:
-            assert sum(lengths[0]) * sum(lengths[1]) <= 4 / 3 * height * width, (height, width)
+    """Whatever the size: tiles cover a side once, compute little more than its pixels, and are bounded."""
+    for side in (16, 1024, 1440, 1441, 1449, 2497, 20000, *np.random.default_rng(0).integers(16, 9000, 40).tolist()):
+        windows = tiles.cut(side, tiles.TILE)
+        assert [end for _, end, *_ in windows] == [*[begin for begin, *_ in windows][1:], side]
+        for begin, end, first, last in windows:
+            assert first % 16 == 0 and first in (0, begin - 96) and last in (side, end + 96)
+        lengths = [last - first for *_, first, last in windows]
+        assert max(lengths) <= tiles.TILE and (sum(lengths) / side) ** 2 <= 4 / 3
 
 
 @pytest.mark.parametrize("value", [0, 255, 77])
@@ -232,12 +227,12 @@ def test_a_gpu_without_code_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
     for capability, usable in (((6, 0), True), ((8, 9), True), ((9, 0), False), ((12, 0), False), ((5, 2), False)):
         monkeypatch.setattr(ctypes, "CDLL", lambda name, of=capability: Driver(*of))
-        assert device.pick("auto") == ("cuda" if usable else "cpu")
+        assert pick("auto") == ("cuda" if usable else "cpu")
         assert ("no code for this GPU" in capsys.readouterr().out) != usable
         if not usable:
             with pytest.raises(InputError, match=r"no code for this GPU.*--device cpu"):
-                device.pick("cuda")
-        assert device.pick("cpu") == "cpu"
+                pick("cuda")
+        assert pick("cpu") == "cpu"
 
 
 def test_bare_weights_and_old_checkpoints(trained):

@@ -97,9 +97,9 @@ def server(tiny):
             elif self.path in ("/tiny.zip", "/short.zip"):
                 self.send_response(200)
                 missing = 1000 if self.path == "/short.zip" else 0
-                self.send_header("Content-Length", str(len(body) + missing))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) - missing])
             else:
                 self.send_error(404)
 
@@ -167,7 +167,7 @@ def test_isbi_from_any_source(kind, tiny, server, out):
 FAILURES = {
     "not found": ("{server}/nothing.zip", "404"),
     "connection refused": ("http://127.0.0.1:1/x.zip", "refused"),
-    "body breaks off": ("{server}/short.zip", "broke off"),
+    "body breaks off": ("{server}/short.zip", "not a whole zip"),
     "server never answers": ("{server}/hang", "timed out"),
     "zip breaks off": ("{tmp}/half.zip", "not a whole zip"),
     "zip damaged inside": ("{tmp}/damaged.zip", "not a whole zip"),
@@ -291,12 +291,16 @@ def test_interrupt(server, out):
     assert tree(out) == before
 
 
-def test_live_runs_keep_their_folder(prepare, tiny, out):
-    """Leftovers of killed runs go; the temporary folder of a run that still goes on stays."""
-    (out / f".preparing-{os.getppid()}").mkdir()
-    (out / ".preparing-999999999").mkdir()
+def test_one_run_at_a_time(prepare, tiny, out):
+    """What a killed run left is removed; while another one writes there, nothing is touched."""
+    (out / ".preparing").mkdir()
+    (out / ".preparing/left").touch()
     prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)])
-    assert [p.name for p in out.glob(".preparing-*")] == [f".preparing-{os.getppid()}"]
+    assert not list(out.glob(".*"))
+    before = tree(out)
+    done = run("isbi", "--source", tiny[0] / "folder", "--out", out, DIGESTS=tiny[2])  # this process holds the lock
+    assert done.returncode == 2 and one_line(done.stderr) and str(out) in done.stderr
+    assert tree(out) == before
 
 
 @pytest.mark.parametrize(

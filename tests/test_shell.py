@@ -1,5 +1,6 @@
 """The shell scripts in a copy of the repository: python3 -m pytest tests/test_shell.py"""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -25,7 +26,14 @@ def copy(tmp_path):
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
+    (folder / ".venv").mkdir()
+    for part in (Path(sys.prefix)).iterdir():
+        (folder / ".venv" / part.name).symlink_to(part)
+    ready = folder / ".venv/ready"  # whatever requirements.txt says today
+    ready.unlink(missing_ok=True)
+    ready.write_text(f"{hashlib.sha256((folder / 'requirements.txt').read_bytes()).hexdigest()}  -\n")
+    if not (folder / ".venv/blas").exists():
+        (folder / ".venv/blas").write_text("\n")
     return folder
 
 
@@ -122,7 +130,7 @@ def fake(folder, name, body):
 @pytest.fixture
 def bare(copy, tmp_path):
     """A copy without environment, on a machine whose only programs are coreutils and `bin`."""
-    (copy / ".venv").unlink()
+    shutil.rmtree(copy / ".venv")
     tools = tmp_path / "bin"
     tools.mkdir()
     needed = ("bash", "cat", "cut", "dirname", "flock", "grep", "head", "ls", "mktemp", "rm")
