@@ -71,11 +71,15 @@ def test_files_are_named():
 
 
 def test_the_readme_is_read_at_a_sitting():
-    """At most 200 lines and 1,800 words, no line over 120 characters; the pages' lines neither."""
+    """At most 200 lines and 1,800 words, no line over 120 characters; nor the pages' but in tables."""
     text = README.read_text()
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 1800
     for page in PAGES:
-        long = [i for i, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+        long = [
+            i
+            for i, line in enumerate(page.read_text().splitlines(), 1)
+            if len(line) > 120 and (page == README or line[0] != "|")
+        ]
         assert not long, f"{page.name}: lines over 120 characters: {long}"
 
 
