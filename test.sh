@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Predicts slices, by your last training or else this repository's weights: bash test.sh --Test_Data_path my_slices --tta
+# Predicts slices, with the weights of your last training or else ours: bash test.sh --Test_Data_path my_slices --tta
 # Flags go to predict_unet_test.py. What it reads and writes is where you stand; where you have no data/test_image and
 # name no other slices, it is that of this repository.
 set -euo pipefail
