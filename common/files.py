@@ -82,5 +82,5 @@ def lock(path):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EWOULDBLOCK):  # else a file system without locks
-            raise InputError(f"{path}: another training writes there, choose another place for this one's") from None
+            raise InputError(f"{path}: another run writes there, choose another place for this one's") from None
     held[real] = name, folder

@@ -46,7 +46,7 @@ def test_flags_exist():
     texts = [done.stdout for done in helps] + [(ROOT / name).read_text() for name in BENCHMARKS]
     existing = OTHERS | {flag for text in texts for flag in FLAG.findall(text)}
     for page in PAGES:
-        commands = "".join(re.findall(r"^(?:    .*|[^`\n]*`[^`\n]*`.*)$", page.read_text(), re.M))
+        commands = "\n".join(re.findall(r"^(?:    .*|[^`\n]*`[^`\n]*`.*)$", page.read_text(), re.M))
         unknown = set(FLAG.findall(commands)) - existing
         assert not unknown, f"{page.name}: no script has {', '.join(sorted(unknown))}"
 

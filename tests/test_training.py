@@ -163,7 +163,7 @@ def test_one_run_a_file(shared, slices, tmp_path):
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **other
     ) as process:
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(InputError, match=f"^{shared}: another training writes there"):
+        with pytest.raises(InputError, match=f"^{shared}: another run writes there"):
             train("--epochs", 1, cwd=tmp_path)
         assert not list(tmp_path.glob("checkpoints/*")) and not list(tmp_path.glob("Unet*"))
         process.kill()
