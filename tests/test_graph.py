@@ -67,16 +67,15 @@ def test_checkpoints_go_both_ways(slices, tmp_path):
 
 
 def test_the_check_of_gpus_is_rehearsed(request):
-    """benchmarks/gpu_check.sh without a GPU, --long only: each way trains but mixed precision."""
+    """benchmarks/gpu_check.sh without a GPU, --long only: each way trains."""
     if not request.config.getoption("--long"):
         pytest.skip("with --long only")
     done = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[-4:]]
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["| one device", "| 2 processes", "| graph"]
-    losses = [float(row[2]) for row in rows[:3]]
+    losses = [float(row[2]) for row in rows]
     assert losses[2] == pytest.approx(losses[0], abs=1e-4)
-    assert "failed" in rows[3][1] and "needs a GPU" in done.stderr
 
 
 def test_mixed_precision_is_for_gpus(slices, tmp_path):
