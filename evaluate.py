@@ -10,8 +10,10 @@ prediction scores that calls everything interior, and the blurred slices, search
 folder's name with `image` for `label`. common/scores.py says what the scores are.
 """
 
+import ctypes
 import json
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -139,6 +141,11 @@ def parse_args():
     return parser.parse_args()
 
 
+def end_with_parent():
+    """A worker of ours would wait for ever for a script that Ctrl-C has ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main():
     args = parse_args()
     jobs = find_jobs(args)
@@ -151,7 +158,7 @@ def main():
         if os.path.realpath(args.json) in images:
             raise InputError(f"--json {args.json}: is one of the images, choose another name")
     start.keep("nothing was written")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=end_with_parent) as pool:
         counts = list(tqdm(pool.map(score, everything), "scoring", len(everything), leave=False, disable=None))
     results = {name: combine(some) for name, some in zip(jobs, np.split(np.array(counts), len(jobs)), strict=True)}
     print("\n".join(table(results, len(jobs["prediction"]))))

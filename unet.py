@@ -19,6 +19,9 @@ from oneflow.nn import functional as F
 MIN_SIDE = 16  # four poolings halve a side four times
 
 
+# Modules, since cpu_kernels/layers.py computes each of them its own way: who changes one changes it there too.
+
+
 class Dropout(nn.Module):
     """Sets a share p of the numbers to 0 in training and divides the rest by 1 - p.
 
@@ -44,6 +47,13 @@ class PadTo(nn.Module):
         return F.pad(x, (left, missing_w - left, top, missing_h - top))
 
 
+class Cat(nn.Module):
+    """One or more inputs behind each other along the channels."""
+
+    def forward(self, *parts):
+        return flow.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
 class DoubleConv(nn.Module):
     """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W).
 
@@ -53,6 +63,7 @@ class DoubleConv(nn.Module):
     def __init__(self, in_channels, out_channels, mid_channels=None):
         super().__init__()
         mid_channels = mid_channels or out_channels
+        self.cat = Cat()
         self.double_conv = nn.Sequential(
             nn.Conv2d(in_channels, mid_channels, kernel_size=3, padding=1),
             nn.BatchNorm2d(mid_channels),
@@ -63,7 +74,7 @@ class DoubleConv(nn.Module):
         )
 
     def forward(self, *parts):
-        return self.double_conv(flow.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        return self.double_conv(self.cat(*parts))
 
 
 class Down(nn.Module):

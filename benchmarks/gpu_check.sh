@@ -10,7 +10,8 @@ device=${1:-cuda}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-width=64 batch=16 epochs=5 repeat=64 count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+width=64 batch=16 epochs=5 repeat=64 count=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+[ "$device" = cpu ] || [ "$count" -gt 0 ] || { echo "gpu_check.sh: no GPU here" >&2 && exit 2; }
 [ "$device" = cuda ] || { width=4 batch=2 epochs=2 repeat=1 count=2; }
 python3 data/prepare.py sample --out "$folder" >/dev/null
 

@@ -59,7 +59,7 @@ def mixed_precision(args, device, wanted=True, graph=False):
     able = device == "cuda" if graph else device == "cpu" and args.cpu_kernels == "auto" and has_bfloat16()
     if args.amp == "on" and not able:
         needs = "a GPU and graph_train.py" if graph or device == "cuda" else "cpu_kernels and a CPU with bfloat16"
-        raise InputError(f"--amp on: mixed precision needs {needs}; leave it out")
+        raise InputError(f"--amp on: mixed precision needs {needs}; pass --amp off")
     return able and (args.amp == "on" or (args.amp == "auto" and wanted and not graph))
 
 

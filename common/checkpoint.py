@@ -82,7 +82,7 @@ def load_net(path, trust_pickle=False):
     tensors, _, metadata = read(path, trust_pickle)
     net = UNet(*architecture(path, tensors))
     fill(path, net, tensors)
-    return net, metadata
+    return net.eval(), metadata
 
 
 def named_as_ours(path, tensors):
@@ -169,7 +169,11 @@ def resume(path, net, optimizer):
     """Load a checkpoint into net and optimizer -> its metadata. Raises InputError where it doesn't fit."""
     tensors, kept, metadata = read(path)
     fill(path, net, tensors)
+    if kept and "optimizer_step" in metadata:  # of older versions, which knew Adam only and kept the rows in the log
+        metadata |= {"optimizer": {"name": "Adam", "state": {"step": metadata["optimizer_step"]}}, "rows": []}
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
+    if not kept and not isinstance(saved, dict):
+        raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
     if isinstance(saved, dict) and saved.get("name") != kind:
         raise InputError(f"{path}: was trained with {saved.get('name')}, not with {kind}, so it can't go on here")
     own, names, state = optimizer.state_dict(), names_of(net, optimizer), {}
@@ -183,7 +187,7 @@ def resume(path, net, optimizer):
         sound = len({frozenset(one) for one in state.values()}) <= 1  # a parameter without gradients has none
         sound &= {key: type(number) for key, number in saved["state"].items()} == numbers
         sound &= all(0 <= number < 2**31 for number in saved["state"].values())
-        sound &= type(epoch) is int and epoch == len(rows) + 1
+        sound &= type(epoch) is int and epoch > len(rows)
         sound &= all({*map(type, row.values())} == {str} and float(row["train_loss"]) >= 0 for row in rows)
         sound &= best is None or ("by" in best and math.isfinite(best["loss"]) and 0 <= best["threshold"] <= 1)
     except SENSELESS:

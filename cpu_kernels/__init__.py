@@ -28,7 +28,14 @@ from . import layers
 from . import onednn as dnn
 
 OFF = "; leave out accelerate() for that (--cpu_kernels off)"
-CONTAINERS = (nn.Sequential, unet.UNet, unet.Down, unet.Up, unet.OutConv)  # they only call their layers
+CONTAINERS = (
+    nn.Sequential,
+    unet.UNet,
+    unet.DoubleConv,
+    unet.Down,
+    unet.Up,
+    unet.OutConv,
+)  # they only call their layers
 
 
 def accelerate(net, amp=False):
@@ -37,19 +44,19 @@ def accelerate(net, amp=False):
     What it computes stays the same up to rounding. A net with other layers, or on a GPU, stays as it is; so it does
     where the kernels can't run, which a line on stderr says. Raises ValueError for amp on a CPU without bfloat16.
     """
-    if isinstance(net, Accelerated):
-        net._amp = amp
-        return net
     if any(parameter.is_cuda for parameter in net.parameters()):
         return net
-    if reason := why_not():
+    found = [] if isinstance(net, Accelerated) else list(layers_of(net))
+    unknown = [type(layer).__name__ for layer, run in found if not run]
+    reason = why_not() or (f"they have no {unknown[0]}" if unknown else None)
+    if amp and (reason or not has_bfloat16()):
+        raise ValueError(f"no mixed precision: {reason or 'this CPU has no bfloat16, it would be slower'}")
+    if reason:
         if flow.env.get_rank() == 0:
             print(f"cpu_kernels: {reason}. OneFlow's own kernels run instead, several times slower", file=sys.stderr)
         return net
-    if amp and not has_bfloat16():
-        raise ValueError("this CPU has no bfloat16: in mixed precision it would be slower")
-    found = list(layers_of(net))
-    if None in dict(found).values():
+    if isinstance(net, Accelerated):
+        net._amp = amp
         return net
     for layer, run in found:
         layer.__class__ = twin(type(layer), run)
@@ -66,9 +73,11 @@ def accelerate(net, amp=False):
 def examples():
     """[(what runs a layer, its setup as in unet.py)]"""
     upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-    known = {layers.double_conv: unet.DoubleConv(1, 1), layers.max_pool: nn.MaxPool2d(2), layers.upsample: upsample}
+    halves = [(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU(inplace=True)) for _ in range(2)]
+    known = {layers.double_conv: nn.Sequential(*halves[0], *halves[1]), layers.max_pool: nn.MaxPool2d(2)}
     known |= {layers.transposed: nn.ConvTranspose2d(1, 1, 2, stride=2), layers.pointwise: nn.Conv2d(1, 1, 1)}
-    known |= {layers.pad: unet.PadTo(), layers.dropout: unet.Dropout(0.5)}
+    known |= {layers.pad: unet.PadTo(), layers.dropout: unet.Dropout(0.5), layers.concatenate: unet.Cat()}
+    known |= {layers.upsample: upsample}
     return [(run, setup(layer)) for run, layer in known.items()]
 
 
@@ -115,7 +124,11 @@ class Accelerated:
         tape = layers.Tape(self, any(needed))
         weak = weakref.proxy(tape)  # a cycle of references would hold arrays until Python looks for cycles
         images = [layers.Image(self.to_image(x), weak, need) for x, need in zip(inputs, needed, strict=False)]
-        result = self._stock.forward(self, *images)
+        tape.finite = all(bool(np.isfinite(x.numpy()).all()) for x in inputs)
+        try:
+            result = self._stock.forward(self, *images)
+        except (TypeError, AttributeError) as error:  # something else than a layer met an Image
+            raise RuntimeError(f"{error}; an accelerated net's forward may only call layers of unet.py{OFF}") from error
         y = self.to_array(result) if tape.finite else np.full(result.shape, np.nan, np.float32)
         tape.close()
 

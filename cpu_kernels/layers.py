@@ -32,6 +32,11 @@ class Tape:
             parts = np.split(joined, np.cumsum([t.numel() for t in small[:-1]]))
             self.arrays |= {t: part.reshape(t.shape) for t, part in zip(small, parts, strict=True)}
 
+    def look(self, y):
+        """Keep in mind whether a ReLU's result is finite: oneDNN's makes 0 of NaN, which infinity comes before."""
+        largest = y[:, ::8, ::8].max()
+        self.finite &= bool(largest < 0x7F80 if y.dtype == dnn.BFLOAT16 else np.isfinite(largest))
+
     def close(self):
         """The net is through: arrays that no step needs are let go of, and OneFlow is told what waited."""
         for image, _ in self.steps:
@@ -148,12 +153,9 @@ def transposed(layer, x):
     return x.then(y.reshape(images, 2 * height, 2 * width, count), backward)
 
 
-def double_conv(layer, *parts):
-    """unet.DoubleConv of one or more Images that follow each other along the channels."""
-    x = concatenate(parts) if len(parts) > 1 else parts[0]
-    for i in (0, 3):
-        x = half(x, *layer.double_conv[i : i + 2])
-    return x
+def double_conv(layer, x):
+    """(3x3 convolution, batch normalisation, ReLU) twice, what unet.DoubleConv holds."""
+    return half(half(x, *layer[0:2]), *layer[3:5])
 
 
 def half(x, conv, norm):
@@ -164,13 +166,13 @@ def half(x, conv, norm):
     scale = gamma / np.sqrt(variance + np.float32(norm.eps))
     if not tape.recording and not norm.training:  # all in one primitive
         y, _ = convolve(x.array, w, normalised=(scale, beta + scale * (bias - mean)), recording=False)
-        largest = y[:, ::8, ::8].max()  # oneDNN's ReLU makes 0 of NaN, but what leads to NaN is infinite before
-        tape.finite &= bool(largest < 0x7F80 if y.dtype == dnn.BFLOAT16 else np.isfinite(largest))
+        tape.look(y)
         return x.then(y, None)
     z, convolution_back = convolve(x.array, w, recording=tape.recording)
     statistics = None if norm.training else (mean - bias, variance)
     y, batch_mean, batch_variance, back = normalise(z, gamma, beta, statistics, norm.eps)
     tape.finite &= bool(np.isfinite([batch_mean, batch_variance]).all())
+    tape.look(y)
     if norm.training:
         count, momentum = z.size // len(beta), np.float32(norm.momentum)
         unbiased = batch_variance * np.float32(count / max(count - 1, 1))
@@ -215,7 +217,10 @@ def normalise(z, gamma, beta, statistics, eps):
     return y, mean, variance, backward
 
 
-def concatenate(images):
+def concatenate(layer, *images):
+    """unet.Cat"""
+    if len(images) == 1:
+        return images[0]
     first = images[0].array
     ends = np.cumsum([0, *(image.shape[1] for image in images)])
     array, windows = empty((*first.shape[:3], ends[-1]), first.dtype), [np.s_[..., a:b] for a, b in pairwise(ends)]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import cpu_kernels
+import unet
 from conftest import ROOT, launch, one_line, script, train
 from cpu_kernels import accelerate
 from reference import Reference, Value, distance
@@ -343,7 +344,7 @@ def test_leaves_alone_what_it_does_not_know(monkeypatch):
     for module in [*small_modules(), DoubleConv(2, 3)]:
         kind = type(module)
         double = nn.Sequential(copy.deepcopy(module)).to(flow.float64)
-        assert isinstance(accelerate(double)[0], kind) and type(double[0]) is not kind
+        assert isinstance(accelerate(double), cpu_kernels.Accelerated) and isinstance(double[0], kind)
         x = flow.tensor(normal(1, 2, 8, 8).astype(np.float64))
         assert double(x).dtype == flow.float64  # by OneFlow's own kernels
         with monkeypatch.context() as patch:
@@ -566,6 +567,42 @@ def test_what_is_not_finite_stays_so(training, amp):
     net = accelerate(net, amp and cpu_kernels.has_bfloat16()).train(training)
     with flow.no_grad():
         assert np.isnan(net(flow.tensor(normal(1, 1, 32, 32))).numpy()).all()
+
+
+def test_one_pixel_that_is_not_finite_shows():
+    """An image with NaN or infinity leads to no number, wherever it is, with gradients and without."""
+    net = accelerate(UNet(1, 1, base_channels=2)).eval()
+    for value in (np.nan, np.inf):
+        image = normal(1, 1, 32, 32)
+        image[0, 0, 3, 5] = value
+        assert np.isnan(net(flow.tensor(image)).numpy()).any()
+        with flow.no_grad():
+            assert np.isnan(net(flow.tensor(image)).numpy()).any()
+
+
+def test_what_was_changed_in_unet_is_not_overlooked(monkeypatch, capfd):
+    """Other layers in the classes of unet.py, or a forward that does more, are never computed as if they weren't."""
+
+    class Leaky(DoubleConv):
+        def __init__(self, *channels):
+            super().__init__(*channels)
+            self.double_conv[5] = nn.LeakyReLU(0.5)
+
+    monkeypatch.setattr(unet, "DoubleConv", Leaky)
+    net = UNet(1, 1, bilinear=False, base_channels=2)
+    assert type(accelerate(net)) is UNet and "Leaky" in capfd.readouterr().err
+    if cpu_kernels.has_bfloat16():
+        with pytest.raises(ValueError, match="Leaky"):
+            accelerate(net, amp=True)
+    monkeypatch.undo()
+
+    def residual(self, *parts):
+        return self.double_conv(self.cat(*parts)) + parts[0]
+
+    monkeypatch.setattr(DoubleConv, "forward", residual)
+    net = accelerate(DoubleConv(2, 2))
+    with pytest.raises(RuntimeError, match="--cpu_kernels off"):
+        net(flow.tensor(normal(1, 2, 8, 8)))
 
 
 needs_bfloat16 = pytest.mark.skipif(not cpu_kernels.has_bfloat16(), reason="this CPU has no bfloat16")

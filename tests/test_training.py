@@ -343,6 +343,21 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
     assert not list(tmp_path.glob("stolen*"))
 
 
+def test_older_checkpoints_resume(slices, tmp_path):
+    """One of before rows were kept, as the kernels in NumPy made them, goes on; without its optimizer it can't."""
+    train("--data_path", slices, "--epochs", 1, cwd=tmp_path)
+    path = tmp_path / "checkpoints/last.safetensors"
+    net, optimizer, metadata = checkpoint.read(path)
+    step = metadata.pop("optimizer")["state"]["step"]
+    del metadata["rows"], metadata["arguments"]["amp"]
+    checkpoint.write(path, net | optimizer, metadata | {"optimizer_step": step})
+    checkpoint.write(tmp_path / "bare.safetensors", net, metadata | {"optimizer_step": step})
+    train("--data_path", slices, "--epochs", 2, "--resume", path, cwd=tmp_path)
+    assert checkpoint.read(path)[2]["optimizer"]["state"]["step"] == 2 * step
+    with pytest.raises(InputError, match="holds weights only"):
+        train("--data_path", slices, "--epochs", 2, "--resume", "bare.safetensors", cwd=tmp_path)
+
+
 def test_resuming_otherwise_is_said(slices, tmp_path):
     """Other slices and another number of processes are said; another net is refused."""
     train("--epochs", 1, cwd=tmp_path)
