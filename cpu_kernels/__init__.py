@@ -28,14 +28,8 @@ from . import layers
 from . import onednn as dnn
 
 OFF = "; leave out accelerate() for that (--cpu_kernels off)"
-CONTAINERS = (
-    nn.Sequential,
-    unet.UNet,
-    unet.DoubleConv,
-    unet.Down,
-    unet.Up,
-    unet.OutConv,
-)  # they only call their layers
+# They only call their layers.
+CONTAINERS = nn.Sequential, unet.UNet, unet.DoubleConv, unet.Down, unet.Up, unet.OutConv
 
 
 def accelerate(net, amp=False):
@@ -55,17 +49,15 @@ def accelerate(net, amp=False):
         if flow.env.get_rank() == 0:
             print(f"cpu_kernels: {reason}. OneFlow's own kernels run instead, several times slower", file=sys.stderr)
         return net
-    if isinstance(net, Accelerated):
-        net._amp = amp
-        return net
     for layer, run in found:
         layer.__class__ = twin(type(layer), run)
-    net._stock = type(net)
-    net.__class__ = type(type(net).__name__, (Accelerated, type(net)), {})
-    net._amp, net._inside = amp, [type(module) for module in net.modules()]
-    libc = ctypes.CDLL(None)  # malloc is to keep what is freed: the next step wants it again, and new pages are slow
-    libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if found:
+        net._stock, net.__class__ = type(net), type(type(net).__name__, (Accelerated, type(net)), {})
+        net._inside = [type(module) for module in net.modules()]
+        libc = ctypes.CDLL(None)  # malloc is to keep what is freed: the next step wants it, and new pages are slow
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    net._amp = amp
     return net
 
 

@@ -138,9 +138,9 @@ def transposed(layer, x):
     w, bias = w.reshape(4 * count, channels, 1, 1), np.tile(tape.arrays[layer.bias], 4)
     pixels, back = convolve(x.array, w, bias, recording=tape.recording)
     split = images, height, width, 2, 2, count  # of a pixel's numbers: row, column, channel
-    y = empty((images, height, 2, width, 2, count), x.array.dtype)
+    doubled = images, height, 2, width, 2, count
+    y = empty(doubled, x.array.dtype)
     dnn.copy(pixels.reshape(split), y.transpose(0, 1, 3, 2, 4, 5))
-    doubled = y.shape
 
     def backward(dy):
         parts = dnn.copy(dy.reshape(doubled).transpose(0, 1, 3, 2, 4, 5), empty(split, dy.dtype))
@@ -209,8 +209,7 @@ def normalise(z, gamma, beta, statistics, eps):
     def backward(dy):
         dgamma, dbeta = np.empty_like(gamma), np.empty_like(gamma)
         back = primitive("batch_normalization_backward", dnn.BACKWARD, images, images, images, *setup, hint=forward)
-        gradients = {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta}
-        back(arrays | gradients)
+        back(arrays | {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta})
         arrays.clear()  # here memory use is highest
         return dy, dgamma, dbeta
 
@@ -254,17 +253,15 @@ def max_pool(layer, x):
 def upsample(layer, x):
     """nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), which oneDNN lacks: products in NumPy."""
 
-    def interpolation(size):  # (2 size, size): from the first to the last of size, at 2 size places
-        places = np.linspace(0, size - 1, 2 * size)
-        return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(size))).astype(np.float32)
-
     def resample(array, rows, columns):
         images, height, width, channels = array.shape
         y = dnn.copy(array, empty(array.shape)).reshape(images, height, width * channels)
         y = columns @ (rows @ y).reshape(images, len(rows), width, channels)
         return dnn.copy(y, empty(y.shape, array.dtype))
 
-    rows, columns = map(interpolation, x.shape[2:])
+    # (2 size, size): linear interpolation at 2 size places from the first to the last of size
+    places = ((np.linspace(0, size - 1, 2 * size)[:, None], np.arange(size)) for size in x.shape[2:])
+    rows, columns = (np.maximum(0, 1 - np.abs(to - of)).astype(np.float32) for to, of in places)
     return x.then(resample(x.array, rows, columns), lambda dy: resample(dy, rows.T, columns.T))
 
 
@@ -272,8 +269,7 @@ def pad(layer, x, skip):
     """unet.PadTo"""
     if x.shape[2:] == skip.shape[2:]:
         return x
-    height, width = x.shape[2:]
-    top, left = ((skip.shape[i] - x.shape[i]) // 2 for i in (2, 3))
+    (height, width), (top, left) = x.shape[2:], ((skip.shape[i] - x.shape[i]) // 2 for i in (2, 3))
     window = np.s_[:, top : top + height, left : left + width]
     array = np.zeros((*skip.array.shape[:3], x.shape[1]), x.array.dtype)
     array[window] = x.array
@@ -284,7 +280,7 @@ def dropout(layer, x):
     """unet.Dropout. OneFlow draws the numbers: those of a net that is not accelerated."""
     if not layer.training or not layer.p:
         return x
-    mask = F.dropout(flow.ones(*x.shape), layer.p).numpy().transpose(0, 2, 3, 1)
-    mask = dnn.copy(mask, empty(mask.shape, x.array.dtype))
+    drawn = F.dropout(flow.ones(*x.shape), layer.p).numpy().transpose(0, 2, 3, 1)
+    mask = dnn.copy(drawn, empty(drawn.shape, x.array.dtype))
     y = combine(dnn.MULTIPLY, x.array, mask, empty(mask.shape, mask.dtype))
     return x.then(y, lambda dy: combine(dnn.MULTIPLY, dy, mask, dy))

@@ -60,9 +60,8 @@ class Library:
     """The loaded library, its engine (the CPU) and its stream. Raises OSError where it can't be loaded."""
 
     def __init__(self):
-        path = os.path.join(sysconfig.get_path("data"), "lib", "libdnnl.so.3")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's idle threads would spin on cores that OneFlow needs
-        self.functions = ctypes.CDLL(path)
+        self.functions = ctypes.CDLL(os.path.join(sysconfig.get_path("data"), "lib", "libdnnl.so.3"))
         self.descriptor = self.functions.dnnl_primitive_desc_query_md
         self.size = self.functions.dnnl_memory_desc_get_size
         self.descriptor.restype, self.size.restype = ctypes.c_void_p, ctypes.c_size_t
@@ -82,14 +81,11 @@ class Library:
 
 
 library = lru_cache(1)(Library)
+Sizes = ctypes.c_int64 * 12  # what the library calls dims
 
 
 class Argument(ctypes.Structure):
     _fields_ = (("number", ctypes.c_int), ("memory", ctypes.c_void_p))
-
-
-def dims(numbers):
-    return (ctypes.c_int64 * 12)(*numbers)
 
 
 class Primitive:
@@ -118,13 +114,13 @@ class Primitive:
         """What the C function takes for an argument of primitive(); new descriptors are added to `made`."""
         if isinstance(argument, Layout):
             made.append(ctypes.c_void_p())
-            start = (ctypes.byref(made[-1]), len(argument.sizes), dims(argument.sizes), TYPES[argument.type])
+            start = (ctypes.byref(made[-1]), len(argument.sizes), Sizes(*argument.sizes), TYPES[argument.type])
             if argument.strides is None:
                 self.library("memory_desc_create_with_tag", *start, ANY)
             else:
-                self.library("memory_desc_create_with_strides", *start, dims(argument.strides))
+                self.library("memory_desc_create_with_strides", *start, Sizes(*argument.strides))
             return made[-1]
-        kinds = {tuple: dims, float: ctypes.c_float}
+        kinds = {tuple: lambda numbers: Sizes(*numbers), float: ctypes.c_float}
         return kinds.get(type(argument), lambda same: same)(argument)
 
     def normalise(self, channels, made):
