@@ -169,7 +169,8 @@ def resume(path, net, optimizer):
     """Load a checkpoint into net and optimizer -> its metadata. Raises InputError where it doesn't fit."""
     tensors, kept, metadata = read(path)
     fill(path, net, tensors)
-    if kept and "optimizer_step" in metadata:  # of older versions, which knew Adam only and kept the rows in the log
+    older = kept and "optimizer_step" in metadata  # it knew Adam only and kept the rows in the log
+    if older:
         metadata |= {"optimizer": {"name": "Adam", "state": {"step": metadata["optimizer_step"]}}, "rows": []}
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
     if not kept and not isinstance(saved, dict):
@@ -187,7 +188,7 @@ def resume(path, net, optimizer):
         sound = len({frozenset(one) for one in state.values()}) <= 1  # a parameter without gradients has none
         sound &= {key: type(number) for key, number in saved["state"].items()} == numbers
         sound &= all(0 <= number < 2**31 for number in saved["state"].values())
-        sound &= type(epoch) is int and epoch > len(rows)
+        sound &= type(epoch) is int and (epoch == len(rows) + 1 or (older and 0 < epoch < 2**31))
         sound &= all({*map(type, row.values())} == {str} and float(row["train_loss"]) >= 0 for row in rows)
         sound &= best is None or ("by" in best and math.isfinite(best["loss"]) and 0 <= best["threshold"] <= 1)
     except SENSELESS:
