@@ -8,6 +8,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from common import start
 from common.arguments import InputError
 from common.images import normalise, read_slice
 from common.labels import beside, judge, look, pair, read_label, read_pair
@@ -120,7 +121,7 @@ class SelfDataSet:
         self.weights, self.kept = {}, 0  # of some slices: forked workers have them too
         everything = pair(data_path, self.label_path)
         pairs = everything[keep]
-        hidden = None if os.environ.get("RANK", "0") in ("", "0") else True  # None: no bar where stderr is a file
+        hidden = True if start.rank else None  # None: no bar where stderr is a file
         with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
             checks = pool.map(self.check, pairs)
             checks = list(tqdm(checks, "checking slices", len(pairs), leave=False, delay=2, disable=hidden))

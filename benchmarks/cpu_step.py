@@ -249,6 +249,9 @@ def parse_args():
     add("--torch_python", default=str(HERE / ".venv/bin/python"), help="the Python that has PyTorch (%(default)s)")
     add("--profile", action="store_true", help="what each primitive takes of a step")
     args = parser.parse_args()
+    if not {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+        print("no bfloat16 in this CPU: it is left out")
+        args.implementations = [name for name in args.implementations if not name.endswith("bfloat16")]
     for size in args.sizes:
         if len(size.split("x")) != 3 or not all(part.isdecimal() for part in size.split("x")):
             fail(f"--sizes {size}: write 16x256x4 for 16 channels, 4 images of 256 x 256 pixels")

@@ -4,12 +4,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.arguments import InputError
 
+HOST = re.sub(r"\W", "_", os.uname().nodename)  # a part of a file's name
 unfinished = set()  # files that are being written: who ends the process in the midst removes them
 held = {}  # what this process has locked: real path -> what holds the lock
 
@@ -21,7 +23,7 @@ def write_whole(path, sync=True):
     With `sync` that is so even after a power cut. Of two processes that write one file, the later one's is there.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    aside = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.new")
     unfinished.add(aside)
     try:
         with open(aside, "wb") as file:
@@ -53,9 +55,8 @@ def make_folder(path):
         raise InputError(f"{path}: can't be made ({error.strerror}), choose another folder") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: can't be written to, choose another folder")
-    for left in path.glob(".*.new"):
-        process = left.name.split(".")[-2]
-        if process.isdecimal() and not Path("/proc", process).exists():
+    for left in path.glob(f".*.{HOST}.*.new"):  # other hosts may be at work in the folder too
+        if not Path("/proc", left.name.split(".")[-2]).exists():
             left.unlink(missing_ok=True)
 
 

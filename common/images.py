@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from common import start
 from common.arguments import InputError
 
 import cv2
@@ -42,7 +43,7 @@ def quiet_stderr():
 
 @cache
 def say_once(text):
-    if os.environ.get("RANK", "0") in ("", "0"):
+    if start.rank == 0:
         print(text)
 
 

@@ -1,6 +1,6 @@
 """oneDNN, the library under PyTorch's CPU convolutions, through ctypes. Knows nothing of nets.
 
-    conv = primitive("convolution_forward", FORWARD, DIRECT, source, ANY, ...)   # made once, then cached
+    conv = primitive("convolution_forward", FORWARD, DIRECT, layout_of(image), ...)   # made once, then cached
     conv({SRC: image, WEIGHTS: conv.pack(WEIGHTS, weight), DST: out})            # runs on all threads
 
 An operation of the library, a *primitive*, is made for fixed shapes. Images are NumPy arrays (N, H, W, C), channels

@@ -549,6 +549,6 @@ def test_two_processes_write_one_file(tmp_path):
         program = "from common.files import write_whole\nwith write_whole('file') as file: file.write(b'second')"
         assert python(program, cwd=tmp_path).returncode == 0
     assert (tmp_path / "file").read_bytes() == b"first"
-    (tmp_path / ".file.999999999.new").write_bytes(b"left behind")
+    (tmp_path / f".file.{files.HOST}.999999999.new").write_bytes(b"left behind")
     files.make_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
