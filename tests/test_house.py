@@ -64,7 +64,7 @@ def imports_of(path):
 
 
 def test_imports_go_one_way():
-    """common imports no script and no data set; cpu_kernels neither, nor common; unet nothing of ours."""
+    """common and cpu_kernels import no script and no data set."""
     for path in PYTHON:
         first = {name.split(".")[0] for name in imports_of(path)}
         place = path.relative_to(ROOT).parts[0].removesuffix(".py")
