@@ -23,14 +23,14 @@ class Tape:
     """
 
     def __init__(self, net, recording):
-        self.recording, self.finite, self.steps, self.gradients, self.later = recording, True, [], {}, []
-        tensors = [t for t in (*net.parameters(), *net.buffers()) if t.ndim]
-        small = [t for t in tensors if t.numel() < 2**20]
-        self.arrays = {t: t.numpy() for t in set(tensors) - set(small)}
-        if small:  # as one, since each numpy() waits for OneFlow, up to milliseconds on busy cores
-            joined = flow.cat([t.detach().reshape(-1) for t in small]).numpy()
-            parts = np.split(joined, np.cumsum([t.numel() for t in small[:-1]]))
-            self.arrays |= {t: part.reshape(t.shape) for t, part in zip(small, parts, strict=True)}
+        self.recording, self.finite, self.steps, self.later = recording, True, [], []
+        self.arrays, self.gradients = {}, {}
+        tensors = {t for t in (*net.parameters(), *net.buffers()) if t.ndim}
+        if vectors := [t for t in tensors if t.ndim == 1]:  # as one, since each numpy() asks OneFlow's threads
+            with flow.no_grad():
+                parts = np.split(flow.cat(vectors).numpy(), np.cumsum([len(t) for t in vectors[:-1]]))
+            self.arrays = dict(zip(vectors, parts, strict=True))
+        self.arrays |= {t: t.numpy() for t in tensors.difference(vectors)}
 
     def look(self, y):
         """Keep in mind whether a ReLU's result is finite: oneDNN's makes 0 of NaN, which infinity comes before."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = 1, 2, 17, 33, 41, 49, 50, 51, 52, 64
-POST_SCALE, POST_SHIFT = 1 << 15 | SRC_1, 2 << 15 | SRC_1
+SCRATCHPAD, POST_SCALE, POST_SHIFT = 80, 1 << 15 | SRC_1, 2 << 15 | SRC_1
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, DIFF_SCALE, DIFF_SHIFT = 129, 145, 161, 169, 255, 256
 FORWARD, INFERENCE, BACKWARD = 64, 96, 128  # kinds of propagation
 DIRECT, POOL_MAX, RELU, ADD, MULTIPLY = 1, 0x1FF, 0x20, 0x1FFF0, 0x1FFF1  # algorithms
@@ -60,7 +60,7 @@ class Library:
     """The loaded library, its engine (the CPU) and its stream. Raises OSError where it can't be loaded."""
 
     def __init__(self):
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # OpenMP's idle threads would spin on cores that OneFlow needs
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP's idle threads would spin on cores that OneFlow needs
         self.functions = ctypes.CDLL(os.path.join(sysconfig.get_path("data"), "lib", "libdnnl.so.3"))
         self.descriptor = self.functions.dnnl_primitive_desc_query_md
         self.size = self.functions.dnnl_memory_desc_get_size
@@ -68,16 +68,22 @@ class Library:
         self.process = os.getpid()
         self.lock = threading.Lock()  # a primitive is told where its arrays are before it runs
         self.engine, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
-        self("engine_create", ctypes.byref(self.engine), 1, ctypes.c_size_t(0))
-        self("stream_create", ctypes.byref(self.stream), self.engine, 1)
+        self.engine_create(ctypes.byref(self.engine), 1, ctypes.c_size_t(0))
+        self.stream_create(ctypes.byref(self.stream), self.engine, 1)
 
-    def __call__(self, name, *arguments):
-        status = getattr(self.functions, f"dnnl_{name}")(*arguments)
-        if status:
-            raise RuntimeError(f"oneDNN: dnnl_{name} failed with status {status}")
+    def __getattr__(self, name):
+        """The C function dnnl_{name}, which raises RuntimeError where its status is an error."""
+        function = self.__dict__[name] = getattr(self.functions, f"dnnl_{name}")
+        function.errcheck = check
+        return function
 
     def has(self, instructions):
         return self.functions.dnnl_get_effective_cpu_isa() & instructions == instructions
+
+
+def check(status, function, arguments):
+    if status:
+        raise RuntimeError(f"oneDNN: {function.__name__} failed with status {status}")
 
 
 library = lru_cache(1)(Library)
@@ -98,49 +104,44 @@ class Primitive:
 
     def __init__(self, name, *arguments, hint=None, normalised=0):
         self.library, self.name, self.memories, self.reorders = library(), name, {}, {}
-        self.description, self.handle, made = ctypes.c_void_p(), ctypes.c_void_p(), []
+        (self.description, self.handle, attributes, operations), made = (ctypes.c_void_p() for _ in range(4)), []
         passed = [self.translate(argument, made) for argument in arguments]
         # A reorder wants the engine of its source and of its target, all others want one in front.
         passed[1 if name == "reorder" else 0 : 0] = [self.library.engine]
         passed += [self.library.engine] * (name == "reorder") + ([hint.description] if hint else [])
-        attributes = self.normalise(normalised, made) if normalised else None
-        self.library(f"{name}_primitive_desc_create", ctypes.byref(self.description), *passed, attributes)
-        self.library("primitive_attr_destroy", attributes)
+        self.library.primitive_attr_create(ctypes.byref(attributes))
+        self.library.primitive_attr_set_scratchpad_mode(attributes, 1)  # ours, or each primitive keeps one of its own
+        if normalised:
+            one_a_channel = self.translate(Layout((1, normalised, 1, 1), (normalised, 1, 1, 1)), made)
+            self.library.post_ops_create(ctypes.byref(operations))
+            self.library.post_ops_append_binary(operations, MULTIPLY, one_a_channel)
+            self.library.post_ops_append_binary(operations, ADD, one_a_channel)
+            self.library.post_ops_append_eltwise(operations, RELU, ctypes.c_float(0), ctypes.c_float(0))
+            self.library.primitive_attr_set_post_ops(attributes, operations)
+            self.library.post_ops_destroy(operations)
+        getattr(self.library, f"{name}_primitive_desc_create")(ctypes.byref(self.description), *passed, attributes)
+        self.library.primitive_attr_destroy(attributes)
         for descriptor in made:
-            self.library("memory_desc_destroy", descriptor)
-        self.library("primitive_create", ctypes.byref(self.handle), self.description)
+            self.library.memory_desc_destroy(descriptor)
+        self.library.primitive_create(ctypes.byref(self.handle), self.description)
+        self.scratch = self.library.size(self.wanted(SCRATCHPAD))
 
     def translate(self, argument, made):
         """What the C function takes for an argument of primitive(); new descriptors are added to `made`."""
         if isinstance(argument, Layout):
             made.append(ctypes.c_void_p())
             start = (ctypes.byref(made[-1]), len(argument.sizes), Sizes(*argument.sizes), TYPES[argument.type])
-            if argument.strides is None:
-                self.library("memory_desc_create_with_tag", *start, ANY)
-            else:
-                self.library("memory_desc_create_with_strides", *start, Sizes(*argument.strides))
+            kind, last = ("tag", ANY) if argument.strides is None else ("strides", Sizes(*argument.strides))
+            getattr(self.library, f"memory_desc_create_with_{kind}")(*start, last)
             return made[-1]
         kinds = {tuple: lambda numbers: Sizes(*numbers), float: ctypes.c_float}
         return kinds.get(type(argument), lambda same: same)(argument)
 
-    def normalise(self, channels, made):
-        """The attributes that multiply a result by POST_SCALE, add POST_SHIFT and apply max(0, .)"""
-        attributes, operations, zero = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float(0)
-        self.library("primitive_attr_create", ctypes.byref(attributes))
-        self.library("post_ops_create", ctypes.byref(operations))
-        for algorithm in (MULTIPLY, ADD):
-            one_a_channel = self.translate(Layout((1, channels, 1, 1), (channels, 1, 1, 1)), made)
-            self.library("post_ops_append_binary", operations, algorithm, one_a_channel)
-        self.library("post_ops_append_eltwise", operations, RELU, zero, zero)
-        self.library("primitive_attr_set_post_ops", attributes, operations)
-        self.library("post_ops_destroy", operations)
-        return attributes
-
     def __del__(self):
         for memory in self.memories.values():
-            self.library("memory_destroy", memory)
-        self.library("primitive_destroy", self.handle)
-        self.library("primitive_desc_destroy", self.description)
+            self.library.memory_destroy(memory)
+        self.library.primitive_destroy(self.handle)
+        self.library.primitive_desc_destroy(self.description)
 
     def wanted(self, argument):
         """The memory descriptor that the primitive wants for an argument, owned by it."""
@@ -153,30 +154,29 @@ class Primitive:
     def pack(self, argument, array):
         """A copy of an array in the layout and the type that the primitive has chosen for an argument."""
         packed, plain = self.empty(argument), layout(array)
-        if plain not in self.reorders:
-            self.reorders[plain] = Primitive("reorder", plain, self.wanted(argument))
-        self.reorders[plain]({SRC: array, DST: packed})
+        reorder = self.reorders.get(plain) or Primitive("reorder", plain, self.wanted(argument))
+        self.reorders.setdefault(plain, reorder)({SRC: array, DST: packed})
         return packed
 
     def unpack(self, argument, packed, array):
         """The inverse of pack(): writes to `array` and returns it."""
         plain = layout(array)
-        if plain not in self.reorders:
-            self.reorders[plain] = Primitive("reorder", self.wanted(argument), plain)
-        self.reorders[plain]({SRC: packed, DST: array})
+        reorder = self.reorders.get(plain) or Primitive("reorder", self.wanted(argument), plain)
+        self.reorders.setdefault(plain, reorder)({SRC: packed, DST: array})
         return array
 
     def __call__(self, arrays):
+        if self.scratch:
+            arrays = arrays | {SCRATCHPAD: self.empty(SCRATCHPAD)}
         arguments = (Argument * len(arrays))()
         with self.library.lock:
             for slot, (number, array) in zip(arguments, arrays.items(), strict=True):
-                memory = self.memories.get(number)
-                if memory is None:
+                if (memory := self.memories.get(number)) is None:
                     memory = self.memories[number] = ctypes.c_void_p()
-                    self.library("memory_create", ctypes.byref(memory), self.wanted(number), self.library.engine, None)
-                self.library("memory_set_data_handle", memory, ctypes.c_void_p(array.ctypes.data))
+                    self.library.memory_create(ctypes.byref(memory), self.wanted(number), self.library.engine, None)
+                self.library.memory_set_data_handle(memory, ctypes.c_void_p(array.ctypes.data))
                 slot.number, slot.memory = number, memory
-            self.library("primitive_execute", self.handle, self.library.stream, len(arrays), arguments)
+            self.library.primitive_execute(self.handle, self.library.stream, len(arrays), arguments)
 
 
 primitive = lru_cache(4096)(Primitive)
