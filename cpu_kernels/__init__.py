@@ -28,8 +28,7 @@ from . import layers
 from . import onednn as dnn
 
 OFF = "; leave out accelerate() for that (--cpu_kernels off)"
-# They only call their layers.
-CONTAINERS = nn.Sequential, unet.UNet, unet.DoubleConv, unet.Down, unet.Up, unet.OutConv
+CONTAINERS = nn.Sequential, unet.UNet, unet.DoubleConv, unet.Down, unet.Up, unet.OutConv  # they only call their layers
 
 
 def accelerate(net, amp=False):

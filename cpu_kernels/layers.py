@@ -225,6 +225,7 @@ def concatenate(layer, *images):
     array, windows = empty((*first.shape[:3], ends[-1]), first.dtype), [np.s_[..., a:b] for a, b in pairwise(ends)]
     for image, window in zip(images, windows, strict=True):
         dnn.copy(image.array, array[window])
+        image.array = image.array if image.tape.recording else None  # from here on inference needs most memory
 
     def backward(gradient):
         for image, part in zip(images, (gradient[window] for window in windows), strict=True):
