@@ -34,7 +34,6 @@ import numpy as np
 from tqdm import tqdm
 
 BLUR = 2  # pixels, the standard deviation
-MAGENTA, CYAN = (255, 0, 255), (255, 255, 0)  # blue, green, red
 ROW = "{slice:20}{v_rand:8.4f}{v_info:8.4f}{pixel_misclassification:19.4f}{cells_in_label:16}{cells_found:7}"
 
 # What to score: a kind (the prediction, its masks, a floor), a slice and its label, each (name, file, page), the value
@@ -71,9 +70,9 @@ def look_at(slices, labels):
 
 
 def find_jobs(args, image):
-    """What to score -> {kind: [Job]}. All files are read once, before minutes of work. Raises InputError.
+    """What to score -> {kind: [Job]}; image: where the slices may be, or None. Raises InputError.
 
-    image: where the slices may be, or None.
+    All files are read once, before minutes of work.
     """
     pairs = pair(args.prediction, args.label, "_prob")
     without = {name for name, *_ in list_slices(args.label)} - {label[0] for _, label in pairs if label}
@@ -107,15 +106,15 @@ def find_jobs(args, image):
 
 def check_outputs(args, image, jobs):
     """Raises InputError for a file to write that is read, would be among the images, or can't be written."""
-    taken = {os.path.realpath(file) for some in jobs.values() for job in some for _, file, _ in (job.slice, job.label)}
-    folders = {os.path.realpath(path) for path in (args.prediction, args.label, image) if path}
+    taken = {file.resolve() for some in jobs.values() for job in some for _, file, _ in (job.slice, job.label)}
+    folders = {Path(path).resolve() for path in (args.prediction, args.label, image) if path}
     for flag, path in (("--json", args.json), ("--picture", args.picture)):
         if path:
-            real = Path(os.path.realpath(path))
-            if str(real) in taken or (str(real.parent) in folders and real.suffix.lower() in SUFFIXES):
+            real = Path(path).resolve()
+            if real in taken or (real.parent in folders and real.suffix.lower() in SUFFIXES):
                 raise InputError(f"{flag} {path}: is one of the images, or would be: choose another place")
             check_output(path)
-            taken.add(str(real))
+            taken.add(real)
 
 
 def read(job):
@@ -164,7 +163,8 @@ def draw(job, image_job, threshold):
     probability, interior = read(job)
     found = probability > threshold
     faults = [found != interior, *find_faults(interior, thin(found))]
-    colours = np.select([where[:, :, None] for where in faults], np.array((ORANGE, MAGENTA, CYAN)))
+    colours = np.array((ORANGE, (255, 0, 255), (255, 255, 0)))  # orange, magenta, cyan
+    colours = np.select([where[:, :, None] for where in faults], colours)
     image = read_slice(*image_job.slice[1:]) if image_job else np.float32(interior)
     return paint(image, colours, np.any(faults, axis=0))
 
@@ -175,12 +175,10 @@ def parse_args():
     add("--prediction", type=given_path, required=True, help="folder or stack of P(interior)")
     add("--label", type=given_path, required=True, help="folder or stack of labels, white = interior")
     add("--image", type=given_path, help="slices, for the floor and --picture (default: those beside the labels)")
-    text = "beside the best, score where P > T (default: the NAME_mask.png, else 0.5)"
-    add("--threshold", type=number(float, 0, maximum=1), metavar="T", help=text)
+    add("--threshold", type=number(float, 0, 1), metavar="T", help="score P > T as well (default: the masks, else 0.5)")
     add("--per_slice", action="store_true", help="print, and write with --json, the scores of each slice")
     add("--json", type=given_path, metavar="FILE", help="write all scores at all thresholds")
-    text = "draw the slice of the lowest V_Rand, with its wrong pixels, merged and split cells"
-    add("--picture", type=given_path, metavar="FILE.png", help=text)
+    add("--picture", type=given_path, metavar="FILE.png", help="draw what is wrong in the slice of the lowest V_Rand")
     return parser.parse_args()
 
 

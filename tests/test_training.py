@@ -64,7 +64,7 @@ def test_validation_is_the_nets_own_score(slices, tmp_path):
         errors.append(np.mean((logit > 0) != (label == 1)))
         pairs.append((1 / (1 + np.exp(-logit[0])), label[0] == 1))
     thresholds = scores.THRESHOLDS[1:-1]
-    found = scores.evaluate(*zip(*pairs, strict=True), thresholds)
+    found = scores.combine(scores.count(*pair, thresholds) for pair in pairs)
     row = rows_of(tmp_path / "Unet_train.csv")[-1]
     assert float(row["val_loss"]) == pytest.approx(np.mean(losses), abs=2e-6)
     assert float(row["val_misclassification"]) == pytest.approx(np.mean(errors), abs=1e-6)
