@@ -27,11 +27,9 @@ def read_log(path):
     rows = csv.DictReader(text.splitlines())
     if path.suffix != ".csv":
         rows = ({"epoch": epoch, "train_loss": line} for epoch, line in enumerate(text.split(), 1))
-    losses = {"training": [], "validation": []}
-    for row in rows:
-        losses["training"].append((int(row["epoch"]), float(row["train_loss"])))
-        if row.get("val_loss"):
-            losses["validation"].append((int(row["epoch"]), float(row["val_loss"])))
+    rows = [(int(row["epoch"]), row["train_loss"], row.get("val_loss")) for row in rows]
+    losses = {"training": [(epoch, float(loss)) for epoch, loss, _ in rows]}
+    losses["validation"] = [(epoch, float(loss)) for epoch, _, loss in rows if loss]
     if not losses["training"]:
         raise ValueError("no epoch in it yet")
     return losses

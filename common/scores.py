@@ -1,7 +1,7 @@
 """The scores of the ISBI 2012 challenge: how well cells are told apart, and pixels.
 
-    from common.scores import best, evaluate
-    best(evaluate(probabilities, labels), "v_rand")  # (0.97, 0.6): the score, its threshold
+    from common.scores import best, combine, count
+    best(combine(map(count, probabilities, labels)), "v_rand")  # (0.97, 0.6): the score, its threshold
 
 V_Rand and V_Info are those of Arganda-Carreras et al. (2015), doi 10.3389/fnana.2015.00142, after border thinning:
 they count cells that are merged or split, which one missed pixel of membrane can do. Shares of wrong pixels say little
@@ -14,6 +14,7 @@ from skimage.metrics import contingency_table
 from skimage.segmentation import watershed
 
 THRESHOLDS = np.arange(11) / 10
+SMALLEST = 100  # pixels, of what is called a cell or a part of one
 
 # Each score: what it is called, and whether more is better.
 SCORES = {
@@ -63,19 +64,43 @@ def partition_scores(label, segments):
     return v_rand, max(0.0, information), (same, in_cells, in_parts)
 
 
+def count_cells(interior):
+    """How many cells of SMALLEST or more pixels are in an interior (H, W), bool."""
+    return np.count_nonzero(np.bincount(thin(interior).ravel())[1:] >= SMALLEST) if interior.any() else 0
+
+
+def find_faults(label, segments):
+    """Where cells are merged, and where they are split -> two masks, (H, W), bool, inside the label's cells.
+
+    label, segments: as for partition_scores(). A cell is merged that shares a segment with another cell, and split that
+    has several segments. What cell and segment have in common counts from a tenth of the smaller one and SMALLEST on.
+    """
+    inside = label & (segments > 0)
+    cells, found = components(label, connectivity=1)[inside], segments[inside].astype(np.int64)
+    pairs, pair_of, shared = np.unique(cells * 2**32 + found, return_inverse=True, return_counts=True)
+    cell, segment = np.divmod(pairs, 2**32)
+    large = shared >= np.maximum(SMALLEST, 0.1 * np.minimum(np.bincount(cells)[cell], np.bincount(found)[segment]))
+    masks = np.zeros((2, *label.shape), bool)
+    for mask, part in zip(masks, (segment, cell), strict=True):
+        mask[inside] = (large & (np.bincount(part, large)[part] > 1))[pair_of]
+    return masks
+
+
 def count(probability, label, thresholds=THRESHOLDS):
-    """What one slice adds to evaluate() -> float64 (len(thresholds), 9), to be summed over slices.
+    """What combine() needs of one slice -> float64 (len(thresholds), 9).
 
     probability: (H, W), floats in [0, 1], or bool. label: (H, W), bool, True inside cells.
     """
-    rows, sizes = {}, [np.count_nonzero(probability > threshold) for threshold in thresholds]
-    for threshold, size in zip(thresholds, sizes, strict=True):
-        if size not in rows:  # as many pixels of one probability are the same pixels
-            found = probability > threshold
+    known, rows = {}, []
+    for threshold in thresholds:
+        found = probability > threshold
+        size = np.count_nonzero(found)
+        if size not in known:  # as many pixels of one probability are the same pixels
             v_rand, v_info, pairs = partition_scores(label, thin(found))
             pixels = (found & label, found & ~label, ~found & label, ~found & ~label)
-            rows[size] = [v_rand, v_info, *pairs, *map(np.count_nonzero, pixels)]
-    return np.array([rows[size] for size in sizes], np.float64)
+            known[size] = [v_rand, v_info, *pairs, *map(np.count_nonzero, pixels)]
+        rows.append(known[size])
+    return np.array(rows, np.float64)
 
 
 def combine(counts):
@@ -102,11 +127,6 @@ def combine(counts):
         "pixel_misclassification": wrong / (right + wrong + membrane),
         "membrane_dice": ratio(2 * membrane, 2 * membrane + wrong),
     }
-
-
-def evaluate(probabilities, labels, thresholds=THRESHOLDS):
-    """combine() of count() of each slice; probabilities and labels may be iterators, a slice in memory at a time."""
-    return combine(count(p, label, thresholds) for p, label in zip(probabilities, labels, strict=True))
 
 
 def best(scores, name, thresholds=THRESHOLDS):

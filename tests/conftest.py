@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def write_pairs(folder, count, shape=(48, 64), seed=0):
 def slices(tmp_path):
     """A folder of 6 training slices of 48 x 64 pixels with labels beside it."""
     return write_pairs(tmp_path / "data", 6)
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """Probabilities and labels of the three slices of which tests/metrics_oracle knows the scores."""
+    arrays = np.load(ROOT / "tests/metrics_oracle/oracle.npz")
+    return (arrays["probability_u8"] + 0.5) / 256, arrays["labels"] > 0
 
 
 def release():
@@ -94,12 +102,12 @@ def python(program, *args, cwd, **options):
 
 
 def launch_command(path, *args, processes=2):
-    """The command that runs a training script in several processes."""
+    """The command that runs a script, of the repository or by its whole path, in several processes."""
     with socket.socket() as probe:  # a port that is free, so that tests don't meet
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "oneflow.distributed.launch", "--master_port", port]
-    command += ["--nproc_per_node", processes, path, *SMALL, *args]
+    command += ["--nproc_per_node", processes, ROOT / path, *SMALL, *args]
     return list(map(str, command))
 
 
@@ -108,6 +116,13 @@ def launch(path, *args, cwd, processes=2):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = launch_command(path, *args, processes=processes)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def interruptible(command, cwd, **options):
+    """Start a command as a terminal does: in a session of its own, Ctrl-C not ignored; its output is in pipes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, **pipes, **heard, **options)
 
 
 def one_line(text):
@@ -147,6 +162,27 @@ def assert_same_run(one, other):
     assert rows_of(one / "Unet_train.csv") == rows_of(other / "Unet_train.csv")
 
 
+def mutated(whole, rng, start):
+    """A copy of the bytes with one thing wrong, half the time near the start."""
+    data = bytearray(whole)
+    place, other = (int(rng.integers(n)) for n in (start if rng.integers(2) else len(data), start))
+    length = int(rng.integers(1, 50))
+    kind = rng.integers(6)
+    if kind == 0:
+        del data[place:]
+    elif kind == 1:
+        data[place] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        data[place : place + length] = rng.bytes(length)
+    elif kind == 3:
+        del data[place : place + length]
+    elif kind == 4:
+        data[place:place] = data[other : other + length]
+    else:  # where lengths and offsets stand
+        data[place : place + 4] = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")[rng.integers(3)]
+    return bytes(data)
+
+
 def processes_in(folder):
     """The pids of all processes that work in the folder, as /proc has them."""
     found = []
@@ -161,3 +197,13 @@ def processes_in(folder):
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="try what is random much more often")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: tried with --long only")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="with --long only"))

@@ -4,7 +4,9 @@ What the fast kernels and OneFlow's own are measured against; slow, so for small
 """
 
 import numpy as np
+import oneflow as flow
 from numpy.lib.stride_tricks import sliding_window_view
+from oneflow import nn
 
 
 class Value:
@@ -194,3 +196,27 @@ def distance(array, reference):
     array = np.asarray(array, np.float64)
     scale = np.linalg.norm(reference.ravel())
     return np.linalg.norm((array - reference).ravel()) / (scale or 1)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def with_statistics(net):
+    """Give the batch normalisations running statistics that are not those of a fresh net."""
+    for i, module in enumerate(net.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(flow.tensor(0.1 * normal(module.num_features, seed=i)))
+            module.running_var.copy_(flow.tensor(0.5 + normal(module.num_features, seed=i) ** 2))
+            nn.init.uniform_(module.weight, -1, 1)  # negative scales too
+            nn.init.uniform_(module.bias, -1, 1)
+    return net
+
+
+def small_modules():
+    return [
+        nn.Conv2d(2, 3, 1),
+        nn.ConvTranspose2d(2, 3, 2, stride=2),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+    ]

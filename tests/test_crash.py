@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 from common import checkpoint
-from conftest import BEST, LAST, ROOT, SMALL, assert_same_run, launch_command, one_line, processes_in
+from conftest import LAST, ROOT, SMALL, assert_same_run, interruptible, launch_command, one_line, processes_in, python
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ FLAGS = ("--crop", 32, "--val_count", 2, "--batch_size", 2, "--val_every", 3)
 def command_of(processes, *flags):
     flags = (*FLAGS, *flags)
     if processes > 1:
-        return launch_command(ROOT / "ddp_train.py", *flags, processes=processes)
+        return launch_command("ddp_train.py", *flags, processes=processes)
     return [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, *map(str, flags)]
 
 
@@ -35,10 +35,9 @@ def check_what_is_left(folder):
     assert kept - unfinished <= {"last.safetensors", "best.safetensors"}
     assert len(unfinished) <= 1
     done = 0
-    for name in (LAST, BEST):
-        if (folder / name).exists():
-            metadata = checkpoint.load_net(folder / name)[1]
-            done = max(done, metadata["epoch"] - 1) if name == LAST else done
+    for name in kept - unfinished:
+        epoch = checkpoint.load_net(folder / FOLDER / name)[1]["epoch"]
+        done = epoch - 1 if name == "last.safetensors" else done
     if done and (folder / "Unet_train.txt").exists():
         log = (folder / "Unet_train.txt").read_text()
         assert all(len(line) == 6 and float(line) for line in log.splitlines()) and log.endswith("\n")
@@ -80,10 +79,6 @@ def kill_and_resume(folder, kills, processes, *flags):
     return hits
 
 
-def kills_of(request, short, long):
-    return long if request.config.getoption("--long") else short
-
-
 # Replaces a file by another one and kills itself in the midst: at the step of that number.
 STEPS_OF_A_WRITE = """
 import os, signal, sys
@@ -110,29 +105,24 @@ def test_every_step_of_a_write(tmp_path):
 
     What is written is on the disk before it takes the file's name, and then the name is.
     """
-    command = [sys.executable, "-c", STEPS_OF_A_WRITE]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
-    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     for step, expected in enumerate((b"old", b"old", b"old", b"new" * 1000)):
         (tmp_path / "file").write_bytes(b"old")
-        assert subprocess.run([*command, str(step)], **options).returncode == -signal.SIGKILL
+        assert python(STEPS_OF_A_WRITE, step, cwd=tmp_path).returncode == -signal.SIGKILL
         assert (tmp_path / "file").read_bytes() == expected
         (left,) = [path for path in tmp_path.iterdir() if path.name != "file"] if step < 3 else [None]
         if left:
             left.unlink()
-    assert subprocess.run([*command, "9"], **options).stdout == "sync replace sync\n"
+    assert python(STEPS_OF_A_WRITE, 9, cwd=tmp_path).stdout == "sync replace sync\n"
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_and_resumed_is_the_same_run(processes, slices, tmp_path, request):
     """kill -9 at random moments: nothing is lost but the current epoch, the end is the same bits.
 
     3 kills, 100 with --long, and then 20 of two data parallel processes.
     """
-    if processes == 2 and not request.config.getoption("--long"):
-        pytest.skip("with --long only")
-    kills = kills_of(request, 3, 100) if processes == 1 else 20
+    kills = 20 if processes == 2 else 100 if request.config.getoption("--long") else 3
     epochs = (12 if processes == 1 else 8) * kills
     flags = ("--data_path", slices, "--epochs", epochs, "--best_by", "v_rand")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -156,20 +146,12 @@ def test_an_interrupt_at_any_moment(slices, tmp_path, request):
     """
     rng = np.random.default_rng(0)
     said = 0
-    for i in range(kills_of(request, 3, 60)):
+    for i in range(60 if request.config.getoption("--long") else 3):
         command = command_of(1, "--data_path", slices, "--epochs", 10_000, "--num_workers", i % 2)
         if i % 3 == 2:
             command = [sys.executable, ROOT / "predict_unet_test.py", "--tta", "--device", "cpu"]
             command += ["--Test_Data_path", slices, "--cells"]
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        process = interruptible(command, tmp_path)
         time.sleep(rng.uniform(0.5, 5))
         ended = process.poll() is not None  # predicting may be done
         if not ended:
@@ -199,14 +181,7 @@ def slow(*where):
 
 start.run(slow)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = interruptible([sys.executable, "-c", script], tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -255,12 +230,13 @@ def growth(command, cwd):
     return np.median(np.diff(memory[begin:-1])) / 30
 
 
-def test_a_long_run_needs_no_more_memory(slices, tmp_path, request):
-    """2010 steps, --long only: what grows is OneFlow's own Adam, as in a bare loop.
+@pytest.mark.long
+def test_a_long_run_needs_no_more_memory(slices, tmp_path):
+    """2010 steps: what grows is OneFlow's own Adam, as in a bare loop.
 
     An epoch of 30 steps trains, validates, logs and saves, with a loading worker.
     """
-    epochs = kills_of(request, None, 67) or pytest.skip("with --long only")
+    epochs = 67
     flags = ("--data_path", slices, "--crop", 32, "--repeat", 10, "--batch_size", 2)
     flags += ("--val_path", slices, "--epochs", epochs, "--num_workers", 1)
     ours = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, *map(str, flags)]

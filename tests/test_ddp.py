@@ -8,18 +8,7 @@ import time
 from types import SimpleNamespace
 
 from common import epoch, start
-from conftest import (
-    LAST,
-    ROOT,
-    assert_same_run,
-    launch,
-    launch_command,
-    metadata_of,
-    processes_in,
-    python,
-    rows_of,
-    train,
-)
+from conftest import LAST, assert_same_run, launch, launch_command, metadata_of, processes_in, python, rows_of, train
 
 import numpy as np
 import pytest
@@ -75,22 +64,15 @@ start.run(lambda: None)
 """
 
 
-def only_long(request):
-    if not request.config.getoption("--long"):
-        pytest.skip("with --long only")
-
-
 def run_driver(tmp_path, what, *flags, who=1, processes=2):
     driver = tmp_path / "driver.py"
     driver.write_text(f"WHAT, WHO = {what!r}, {who}\n{DRIVER}")
     return launch(driver, *flags, cwd=tmp_path, processes=processes)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_train_one_net(processes, slices, tmp_path, request):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_processes_train_one_net(processes, slices, tmp_path):
     """Only rank 0 prints and writes, each slice counts once in the loss, weights are equal."""
-    if processes > 2:
-        only_long(request)
     flags = ("--epochs", 2, "--val_count", 1, "--batch_size", 2, "--best_by", "v_rand")
     done = run_driver(tmp_path, None, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
@@ -180,8 +162,9 @@ start.run(main)
 """
 
 
-def test_gradients_are_those_of_the_whole_batch(slices, tmp_path, request):
-    """1 and 2 processes (4 with --long) with the same slices in all make the same first step, to 3e-6.
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_gradients_are_those_of_the_whole_batch(processes, slices, tmp_path):
+    """With the same slices in all, several processes make the same first step as one, on the CPU kernels, to 3e-6.
 
     With batch normalisation's running statistics; in training each rank has its own.
     """
@@ -190,14 +173,13 @@ def test_gradients_are_those_of_the_whole_batch(slices, tmp_path, request):
     done = python(FIRST_STEP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole = np.load(tmp_path / "of1-rank0.npz")
-    for processes in (2, 4) if request.config.getoption("--long") else (2,):
-        done = launch(program, cwd=tmp_path, processes=processes)
-        assert done.returncode == 0, done.stderr
-        for rank in range(processes):
-            part = np.load(tmp_path / f"of{processes}-rank{rank}.npz")
-            difference = np.concatenate([(part[name] - whole[name]).ravel() for name in whole.files])
-            gradient = np.concatenate([whole[name].ravel() for name in whole.files])
-            assert np.linalg.norm(difference) <= 3e-6 * np.linalg.norm(gradient)
+    done = launch(program, cwd=tmp_path, processes=processes)
+    assert done.returncode == 0, done.stderr
+    for rank in range(processes):
+        part = np.load(tmp_path / f"of{processes}-rank{rank}.npz")
+        difference = np.concatenate([(part[name] - whole[name]).ravel() for name in whole.files])
+        gradient = np.concatenate([whole[name].ravel() for name in whole.files])
+        assert np.linalg.norm(difference) <= 3e-6 * np.linalg.norm(gradient)
 
 
 def test_one_process_equals_one_device(slices, tmp_path):
@@ -208,17 +190,17 @@ def test_one_process_equals_one_device(slices, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "ddp")
 
 
-ALWAYS = (("raise", 1), ("kill", 0), ("stop", 1))
+FAULTS = [("raise", 1), ("kill", 0), ("stop", 1)]
+FAULTS += [pytest.param(*fault, marks=pytest.mark.long) for fault in (("exit", 1), ("kill", 1), ("stop", 0))]
+FAULTS += [pytest.param("stop early", 1, marks=pytest.mark.long)]
 
 
-@pytest.mark.parametrize("what, who", [*ALWAYS, ("exit", 1), ("kill", 1), ("stop", 0), ("stop early", 1)])
-def test_a_failing_rank_ends_the_job(what, who, slices, tmp_path, request):
+@pytest.mark.parametrize("what, who", FAULTS)
+def test_a_failing_rank_ends_the_job(what, who, slices, tmp_path):
     """A rank that fails or answers no more ends the job by itself; nobody is left behind.
 
     OneFlow waits for a stopped rank for ever: there the time-out, 5 s here, ends the job.
     """
-    if (what, who) not in ALWAYS:
-        only_long(request)
     flags = ("--rank_timeout", 5) if "stop" in what else ()
     done = run_driver(tmp_path, what, "--epochs", 1000, *flags, who=who)
     assert (tmp_path / "failed").exists() and done.returncode != 0
@@ -234,29 +216,10 @@ def test_a_failing_rank_ends_the_job(what, who, slices, tmp_path, request):
     assert metadata_of(tmp_path / LAST)["epoch"] in (2, 3)
 
 
-# A process that waits for others, in C and with descriptor 2 silenced, as it is where files are read.
-WAITING = """
-import ctypes
-from common import images, start
-start.patience, start.stderr = 1, __import__("os").dup(2)
-start.keep("what was kept")
-with images.quiet_stderr():
-    ctypes.PyDLL(None).sleep(60)  # holds Python's lock
-"""
-
-
-def test_the_watchdog_is_heard(tmp_path):
-    """It ends a process whatever that hangs in, and says so where its messages go, silenced or not."""
-    done = python(WAITING, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("Timeout (0:00:01)!\n")
-
-
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_ending_the_launcher_ends_the_ranks(end, slices, tmp_path, request):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_ending_the_launcher_ends_the_ranks(end, slices, tmp_path):
     """Nobody goes on training when the launcher is ended, though it doesn't lead its group."""
-    if end == signal.SIGTERM:
-        only_long(request)
-    command = launch_command(ROOT / "ddp_train.py", "--epochs", 10000)
+    command = launch_command("ddp_train.py", "--epochs", 10000)
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as launcher:
         while "epoch: 2 " not in launcher.stdout.readline():
             assert launcher.poll() is None
@@ -268,58 +231,48 @@ def test_ending_the_launcher_ends_the_ranks(end, slices, tmp_path, request):
 
 def test_bad_input_ends_the_job(tmp_path):
     """Bad input on all ranks is said once, and the job ends with a non-zero code."""
-    done = launch(ROOT / "ddp_train.py", "--data_path", "nowhere_image", cwd=tmp_path)
+    done = launch("ddp_train.py", "--data_path", "nowhere_image", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("nowhere_image: no such file") == 1
 
 
-def test_ranks_with_other_slices_end_the_job(slices, tmp_path, request):
+@pytest.mark.parametrize("case", ["other", pytest.param("fewer", marks=pytest.mark.long)])
+def test_ranks_with_other_slices_end_the_job(case, slices, tmp_path):
     """A rank whose folder holds fewer slices, or other pixels, ends the job before it starts."""
-    for case in ("fewer", "other") if request.config.getoption("--long") else ("other",):
-        shutil.copytree(tmp_path / "data", tmp_path / case)
-        path = tmp_path / case / "train_image/5.png"
-        if case == "fewer":
-            path.unlink()
-        else:
-            shutil.copy(tmp_path / "data/train_image/4.png", path)
-        driver = tmp_path / "driver.py"
-        driver.write_text(
-            "import sys, ddp_train\nfrom common import start\nfrom common.arguments import parse_args\n"
-            f"sys.argv += ['--data_path', ('data', {case!r})[start.rank] + '/train_image']\n"
-            "start.run(lambda: ddp_train.main(parse_args('', ddp_train.AUGMENTATIONS)))\n"
-        )
-        done = launch(driver, cwd=tmp_path)
-        assert done.returncode != 0
-        assert "this process has other slices than another one" in done.stderr
-        assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_port_in_use_ends_the_job(slices, tmp_path):
-    """Another job on the same port: it ends with a message, a non-zero code, in bounded time."""
-    command = launch_command(ROOT / "ddp_train.py", "--epochs", 1)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        command[command.index("--master_port") + 1] = str(taken.getsockname()[1])
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    shutil.copytree(tmp_path / "data", tmp_path / case)
+    path = tmp_path / case / "train_image/5.png"
+    path.unlink()
+    if case == "other":
+        shutil.copy(tmp_path / "data/train_image/4.png", path)
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys, ddp_train\nfrom common import start\nfrom common.arguments import parse_args\n"
+        f"sys.argv += ['--data_path', ('data', {case!r})[start.rank] + '/train_image']\n"
+        "start.run(lambda: ddp_train.main(parse_args('', ddp_train.AUGMENTATIONS)))\n"
+    )
+    done = launch(driver, cwd=tmp_path)
     assert done.returncode != 0
-    assert "another --master_port" in done.stderr, done.stderr
+    assert "this process has other slices than another one" in done.stderr
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_rank_that_is_alone(monkeypatch):
-    """One whose rank 0 never comes gives up, and says for whom it waited."""
+def test_a_port_in_use_and_a_rank_that_is_alone(monkeypatch):
+    """Rank 0 whose port another program has says so; a rank whose rank 0 never comes says for whom it waited."""
     said = []
-    monkeypatch.setattr(start, "rank", 1)
     monkeypatch.setattr(start, "complain", lambda *message: said.append(message))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        start.find_master(True, "127.0.0.1", taken.getsockname()[1], 0.2)
+    ((text, code),) = said
+    assert "another --master_port" in text and code == 1
+    monkeypatch.setattr(start, "rank", 1)
     for same_host in (False, True):
         start.find_master(same_host, "127.0.0.1", 9, 0.2)
-    assert said == [("the other processes are not at 127.0.0.1:9 after 0.2 s", 1)] * 2
+    assert said[1:] == [("the other processes are not at 127.0.0.1:9 after 0.2 s", 1)] * 2
 
 
 def test_two_jobs_at_once_on_one_port(slices, tmp_path):
     """Two launches at the same moment with the same port: one trains, the other one says what to do and ends."""
-    command = launch_command(ROOT / "ddp_train.py", "--epochs", 2, "--data_path", slices)
+    command = launch_command("ddp_train.py", "--epochs", 2, "--data_path", slices)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
@@ -333,9 +286,9 @@ def test_two_jobs_at_once_on_one_port(slices, tmp_path):
     assert [(folder / LAST).exists() for folder in folders] == [lost == 1, lost == 0]
 
 
-def test_ranks_may_end_one_after_the_other(tmp_path, request):
-    """When all is done, one that is gone is no fault (--long only: OneFlow looks every ten seconds)."""
-    only_long(request)
+@pytest.mark.long  # OneFlow looks every ten seconds
+def test_ranks_may_end_one_after_the_other(tmp_path):
+    """When all is done, one that is gone is no fault."""
     (tmp_path / "late.py").write_text(LATE)
     done = launch(tmp_path / "late.py", cwd=tmp_path)
     assert done.returncode == 0 and "lost" not in done.stderr, done.stderr

@@ -1,103 +1,23 @@
-"""The challenge's scores: python3 -m pytest tests/test_evaluate.py"""
+"""The script that scores: python3 -m pytest tests/test_evaluate.py"""
 
 import json
+import shutil
 
 from common.arguments import InputError
 from common.labels import judge, look, read_label
-from common.scores import SCORES, THRESHOLDS, best, combine, count, evaluate, partition_scores, thin
-from conftest import ROOT, one_line, python, script, write_pairs
+from common.scores import SCORES, combine, count, count_cells
+from conftest import one_line, python, script, write_pairs
 from inside import run_inside
+from test_scores import EXPECTED
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
 
-ORACLE = ROOT / "tests/metrics_oracle"  # what the challenge's own software says of three slices
-EXPECTED = json.loads((ORACLE / "expected.json").read_text())
 
-
-@pytest.fixture(scope="module")
-def oracle():
-    arrays = np.load(ORACLE / "oracle.npz")
-    return (arrays["probability_u8"] + 0.5) / 256, arrays["labels"] > 0
-
-
-def test_scores_are_the_challenges(oracle):
-    """V_Rand and V_Info within 1e-3 from t = 0.1 to 0.8 and at the best t, pixels within 1e-9."""
-    found = evaluate(*oracle)
-    for name in ("v_rand", "v_info"):
-        np.testing.assert_allclose(found[name][1:9], EXPECTED[name][1:9], atol=1e-3)
-        assert best(found, name)[0] == pytest.approx(EXPECTED["best"][name], abs=1e-3)
-    for name in ("v_rand_split", "v_rand_merge"):
-        np.testing.assert_allclose(found[name][1:8], EXPECTED[name][1:8], atol=1e-3)
-    for name in ("pixel_misclassification", "pixel_f1_interior"):
-        np.testing.assert_allclose(found[name], EXPECTED[name], atol=1e-9)
-    assert best(found, "pixel_error")[0] == pytest.approx(EXPECTED["best"]["pixel_error"], abs=1e-9)
-
-
-@pytest.mark.filterwarnings("error")
-def test_degenerate_proposals_have_their_value():
-    """All interior, all membrane and constant: no warning, no NaN, the value of one component."""
-    label = np.ones((20, 20), bool)
-    label[:, 10] = False  # cells of 200 and 180 pixels
-    cells = 200**2 + 180**2
-    merged = 2 * cells / (cells + 380**2)  # all in one component
-    for value in (0.0, 0.5, 1.0):
-        scores = evaluate([np.full(label.shape, value)], [label])
-        np.testing.assert_allclose(scores["v_rand"], merged)
-        assert all(np.isfinite(values).all() for values in scores.values())
-        np.testing.assert_allclose(scores["v_info"], 0, atol=1e-12)
-    nothing = evaluate([np.zeros((20, 20))], [np.zeros((20, 20), bool)])
-    assert nothing["v_rand"][5] == nothing["v_info"][5] == nothing["membrane_dice"][5] == 1
-    whole = evaluate([np.ones((20, 20))], [np.ones((20, 20), bool)])
-    assert whole["v_rand"][5] == whole["v_info"][5] == 1
-    perfect = evaluate([label.astype(float)], [label])
-    assert perfect["v_rand"][5] == perfect["v_info"][5] == 1 and perfect["pixel_error"][5] == 0
-
-
-def test_partition_scores_by_hand():
-    """Split, merged and line pixels count as in the definition: c, a, b and n0 worked out by hand.
-
-    The label has two cells of 4 pixels. Segment 1 covers the first and 1 pixel of the second, 2
-    covers 2 pixels of the second, 1 pixel of it lies on a line.
-    """
-    label = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1]], bool)
-    segments = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 2, 2]])
-    same = 4**2 + 1**2 + 2**2 + 1
-    in_cells, in_parts = 2 * 4**2, 5**2 + 2**2 + 1
-    v_rand, v_info, pairs = partition_scores(label, segments)
-    assert v_rand == pytest.approx(2 * same / (in_cells + in_parts))
-    assert pairs == (same, in_cells, in_parts)
-
-    def entropy(*sizes):
-        return -sum(n / 8 * np.log(n / 8) for n in sizes)
-
-    cells, parts, both = entropy(4, 4), entropy(5, 2, 1), entropy(4, 1, 2, 1)
-    assert v_info == pytest.approx(2 * (cells + parts - both) / (cells + parts))
-
-
-def test_thinning_parts_cells_by_lines_of_a_pixel():
-    """Thick membrane becomes lines that no 4-connected path crosses; cells are 4-connected."""
-    interior = np.ones((30, 40), bool)
-    interior[:, 15:22] = interior[12:17] = False
-    cells = thin(interior)
-    assert set(np.unique(cells)) == {0, 1, 2, 3, 4}
-    assert np.mean(cells == 0) < 0.08
-    for axis in (0, 1):
-        one, other = (np.delete(cells, end, axis) for end in (0, -1))
-        assert not ((one != other) & (one > 0) & (other > 0)).any()
-    assert len(np.unique(thin(np.eye(6, dtype=bool)))) == 7  # diagonal neighbours are apart
-
-
-def test_a_gap_costs_v_rand_and_hardly_a_pixel():
-    """The reason for V_Rand: joining two cells by one pixel is a merge."""
-    label = np.ones((40, 40), bool)
-    label[:, 20] = False
-    gap = label.copy()
-    gap[20, 20] = True
-    scores = evaluate([gap.astype(float)], [label])
-    assert best(scores, "v_rand")[0] < 0.7 and best(scores, "pixel_misclassification")[0] < 0.001
+def evaluate(*flags, cwd):
+    return run_inside("evaluate.py", "--prediction", "found", "--label", "test_label", *flags, cwd=cwd)
 
 
 def write_oracle(folder, oracle):
@@ -107,7 +27,7 @@ def write_oracle(folder, oracle):
     for i, (probability, label) in enumerate(zip(*oracle, strict=True)):
         image = np.rint(probability * 255).astype(np.uint8)
         cv2.imwrite(str(folder / f"found/{i}_prob.png"), image)
-        cv2.imwrite(str(folder / f"found/{i}_mask.png"), (image > 127) * 255)
+        cv2.imwrite(str(folder / f"found/{i}_mask.png"), (image > 127) * np.uint8(255))
         cv2.imwrite(str(folder / f"test_label/{i}.png"), label * np.uint8(255))
         cv2.imwrite(str(folder / f"test_image/{i}.png"), image)
 
@@ -120,7 +40,7 @@ def test_the_script_prints_a_table_and_writes_json(oracle, tmp_path):
     cv2.imwritemulti(str(stack), pages)
     answers = []
     for prediction in ("found", stack):
-        flags = ("--prediction", prediction, "--label", "test_label", "--json", "a/scores.json")
+        flags = ("--prediction", prediction, "--label", "test_label", "--threshold", 0.5, "--json", "a/scores.json")
         run = script if prediction == "found" else run_inside
         done = run("evaluate.py", *flags, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -192,26 +112,6 @@ def test_bad_input_is_one_line(oracle, tmp_path):
     assert [file.read_bytes() for file in inputs] == before
 
 
-def test_the_best_threshold_is_the_middle_one():
-    """Of thresholds that are equally good, the middle one: an untrained net gets 0.5."""
-    scores = {"v_rand": np.array([0.1, 0.7, 0.7, 0.7 - 1e-15, 0.2]), "pixel_error": np.array([0.5, 0.2, 0.3, 0.2, 0.2])}
-    thresholds = np.arange(5) / 10
-    assert best(scores, "v_rand", thresholds) == (pytest.approx(0.7), pytest.approx(0.2))
-    assert best(scores, "pixel_error", thresholds) == (0.2, pytest.approx(0.3))
-    same = evaluate([np.full((20, 20), 2.0)], [np.eye(20) > 0])
-    assert best(same, "v_rand") == (pytest.approx(same["v_rand"][0]), 0.5)
-
-
-def test_slices_can_be_counted_apart(oracle):
-    """combine() of count() of each is evaluate(); a mask is counted once, not once a threshold."""
-    counts = [count(*pair) for pair in zip(*oracle, strict=True)]
-    for name, values in evaluate(*oracle).items():
-        np.testing.assert_array_equal(values, combine(counts)[name])
-    mask = count((oracle[0][0] > 0.5).astype(np.float32), oracle[1][0])
-    np.testing.assert_array_equal(mask[:10], np.tile(mask[0], (10, 1)))
-    assert len(mask) == len(THRESHOLDS)
-
-
 def test_it_needs_no_oneflow(tmp_path):
     """evaluate.py, plot.py and the modules behind them start without OneFlow, and where it is missing."""
     program = """
@@ -259,12 +159,69 @@ def test_predictions_of_other_programs(tmp_path):
     assert slices.name == "train_image"
 
 
-def test_only_labelled_slices_are_scored(oracle, tmp_path):
-    """Predictions of further slices are left out and counted; a label without a prediction is refused."""
+def test_the_masks_own_threshold(oracle, tmp_path):
+    """The column beside the best scores: that of the masks, of --threshold, or of 0.5; in the JSON too."""
+    write_oracle(tmp_path, oracle)
+    images = [np.rint(p * 255).astype(np.uint8) for p in oracle[0]]
+    for i, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f"found/{i}_mask.png"), np.uint8(255) * (image / np.float32(255) > 0.65))
+    for flags, title, threshold in (((), "mask", 0.65), (("--threshold", 0.35), "at 0.35", 0.35), ((), "at 0.5", 0.5)):
+        if title == "at 0.5":
+            (tmp_path / "found/1_mask.png").unlink()
+        done = evaluate("--json", "s.json", *flags, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.splitlines()[0].split("P>")[1].strip().startswith(title)
+        pairs = zip(images, oracle[1], strict=True)
+        wanted = combine(count(image / np.float32(255), label, [threshold]) for image, label in pairs)
+        found = json.loads((tmp_path / "s.json").read_text())
+        assert found["threshold"] == ("mask" if title == "mask" else threshold)
+        assert found["at_threshold"] == {name: values.item() for name, values in wanted.items()}
+        assert len(found["v_rand"]) == len(found["thresholds"]) == 11
+        for name, (start, _) in SCORES.items():
+            (line,) = (line for line in done.stdout.splitlines() if line.startswith(start))
+            assert line.removeprefix(start).split()[2] == f"{wanted[name].item():.4f}"
+
+
+def test_each_slice_has_a_line(oracle, tmp_path):
+    """--per_slice: scores and cells of each labelled slice; those without a label are left out and counted."""
     write_oracle(tmp_path, oracle)
     (tmp_path / "test_label/1.png").unlink()
-    done = run_inside("evaluate.py", "--prediction", "found", "--label", "test_label", cwd=tmp_path)
+    done = evaluate("--per_slice", "--json", "s.json", cwd=tmp_path)
     assert done.returncode == 0 and "1 of 3 slices have no label" in done.stdout and "2 slices " in done.stdout
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert np.mean([row["v_rand"] for row in found["slices"]]) == pytest.approx(found["at_threshold"]["v_rand"])
+    lines = [line.split() for line in done.stdout.partition("cells in label")[2].splitlines()[1:]]
+    assert [line[0] for line in lines] == ["0", "2"]
+    for line, row in zip(lines, found["slices"], strict=True):
+        scores = [row[name] for name in ("v_rand", "v_info", "pixel_misclassification")]
+        cells = [row["cells_in_label"], row["cells_found"]]
+        assert line == [row["slice"], *(f"{value:.4f}" for value in scores), *map(str, cells)]
+        label, mask = (tmp_path / f"{name}.png" for name in (f"test_label/{line[0]}", f"found/{line[0]}_mask"))
+        assert cells == [count_cells(cv2.imread(str(file), -1) > 0) for file in (label, mask)]
+
+
+def test_a_picture_of_the_worst_slice(tmp_path):
+    """--picture: merged and split cells and wrong pixels in their colours, over the slice or else the label."""
+    label = np.full((60, 90), 255, np.uint8)
+    label[:, 29:31] = label[:, 59:61] = 0
+    found = label.copy()
+    found[20:24, :59] = 255  # joins two cells
+    found[30:32, 61:] = 0  # cuts the third
+    for folder, *pictures in (("test_label", label, label), ("found", label, found), ("test_image", ~label, ~label)):
+        (tmp_path / folder).mkdir()
+        for i, picture in enumerate(pictures):
+            cv2.imwrite(str(tmp_path / folder / f"{i}.png"), picture)
+    magenta, cyan, orange = (255, 0, 255), (255, 255, 0), (0, 140, 255)
+    for interior in (0, 255):  # first the slices, then the labels
+        done = evaluate("--picture", "new/worst.png", cwd=tmp_path)
+        assert done.returncode == 0 and "new/worst.png: slice 1, " in done.stdout, done.stderr
+        picture = cv2.imread(str(tmp_path / "new/worst.png")).astype(int)
+        for place, colour in {(5, 5): magenta, (50, 50): magenta, (50, 80): cyan, (30, 80): orange}.items():
+            np.testing.assert_allclose(2 * picture[place] - interior, colour, atol=2)
+        np.testing.assert_array_equal(picture[5, 29], 255 - interior)
+        shutil.rmtree(tmp_path / "test_image", ignore_errors=True)
+    for flags in ("--json a.png --picture a.png", "--picture found/new.png", "--picture test_label/0.png"):
+        done = evaluate(*flags.split(), cwd=tmp_path)
+        assert done.returncode == 2 and "is one of the images, or would be" in done.stderr
 
 
 def test_white_membranes_are_noticed(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.arguments import InputError
 from common.images import find_border, list_slices, normalise, read_slice
-from conftest import ROOT
+from conftest import ROOT, mutated
 
 import cv2
 import numpy as np
@@ -20,27 +20,6 @@ import pytest
 import tifffile
 
 IMAGES = 500
-
-
-def mutated(whole, rng, start):
-    """A copy of the bytes with one thing wrong, half the time near the start."""
-    data = bytearray(whole)
-    place, other = (int(rng.integers(n)) for n in (start if rng.integers(2) else len(data), start))
-    length = int(rng.integers(1, 50))
-    kind = rng.integers(6)
-    if kind == 0:
-        del data[place:]
-    elif kind == 1:
-        data[place] ^= 1 << int(rng.integers(8))
-    elif kind == 2:
-        data[place : place + length] = rng.bytes(length)
-    elif kind == 3:
-        del data[place : place + length]
-    elif kind == 4:
-        data[place:place] = data[other : other + length]
-    else:  # where lengths and offsets stand
-        data[place : place + 4] = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")[rng.integers(3)]
-    return bytes(data)
 
 
 # Reads each file named on stdin with the one reader of images; a crash would end it.

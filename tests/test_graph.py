@@ -66,10 +66,9 @@ def test_checkpoints_go_both_ways(slices, tmp_path):
         assert_close(end, ends[EAGER, EAGER])
 
 
-def test_the_check_of_gpus_is_rehearsed(request):
-    """benchmarks/gpu_check.sh without a GPU, --long only: each way trains."""
-    if not request.config.getoption("--long"):
-        pytest.skip("with --long only")
+@pytest.mark.long
+def test_the_check_of_gpus_is_rehearsed():
+    """benchmarks/gpu_check.sh without a GPU: each way trains."""
     done = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[-3:]]

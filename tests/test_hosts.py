@@ -99,14 +99,12 @@ def end_of(hosts, seconds=120):
     return [host.job.wait(max(until - time.monotonic(), 0.1)) for host in hosts]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_two_hosts_train_one_net(processes, hosts, slices, tmp_path, request):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_two_hosts_train_one_net(processes, hosts, slices, tmp_path):
     """2 hosts of 1 or 2 processes end with the bits of one host with as many in all.
 
     The second host may start first. Only the first one writes.
     """
-    if processes == 2 and not request.config.getoption("--long"):
-        pytest.skip("with --long only")
     flags = ("--epochs", 2, "--data_path", slices, "--val_count", 1, "--batch_size", 1)
     folders = [tmp_path / f"host{rank}" for rank in range(2)]
     driver = tmp_path / "driver.py"  # each rank writes down its weights

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, SMALL, one_line, write_pairs
+from conftest import ROOT, SMALL, interruptible, one_line, write_pairs
 
 import pytest
 
@@ -73,16 +73,8 @@ def test_interrupting_the_download_ends_it(copy):
     """Ctrl-C during the download of ISBI ends train.sh instead of training on the sample."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         proxy = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        process = subprocess.Popen(
-            ["bash", "train.sh", *SMALL],
-            cwd=copy,
-            env={**os.environ, "https_proxy": proxy, "no_proxy": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        env = {**os.environ, "https_proxy": proxy, "no_proxy": ""}
+        process = interruptible(["bash", "train.sh", *SMALL], copy, env=env)
         with deaf.accept()[0]:  # it is downloading
             os.killpg(process.pid, signal.SIGINT)
             output, _ = process.communicate(timeout=30)

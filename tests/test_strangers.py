@@ -6,7 +6,7 @@ import sys
 
 from common import checkpoint
 from common.arguments import InputError
-from conftest import LAST, ROOT, SMALL, metadata_of, one_line, script, tensors_of, train, write_pairs
+from conftest import LAST, ROOT, SMALL, metadata_of, mutated, one_line, script, tensors_of, train, write_pairs
 from unet import UNet
 
 import numpy as np
@@ -24,27 +24,6 @@ def trained(tmp_path_factory):
     write_pairs(folder / "data", 2)
     train("--epochs", 1, cwd=folder)
     return folder / LAST
-
-
-def mutated(whole, rng, start):
-    """A copy of the bytes with one thing wrong, half the time near the start."""
-    data = bytearray(whole)
-    place, other = (int(rng.integers(n)) for n in (start if rng.integers(2) else len(data), start))
-    length = int(rng.integers(1, 50))
-    kind = rng.integers(6)
-    if kind == 0:
-        del data[place:]
-    elif kind == 1:
-        data[place] ^= 1 << int(rng.integers(8))
-    elif kind == 2:
-        data[place : place + length] = rng.bytes(length)
-    elif kind == 3:
-        del data[place : place + length]
-    elif kind == 4:
-        data[place:place] = data[other : other + length]
-    else:  # where lengths and offsets stand
-        data[place : place + 4] = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff")[rng.integers(3)]
-    return bytes(data)
 
 
 def test_damaged_checkpoints(trained, tmp_path):
