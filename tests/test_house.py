@@ -28,10 +28,10 @@ def lines_of(name):
 
 
 def test_the_house_stays_small():
-    """No file over 300 lines, no function over 50, 3,750 lines in all, scripts of 50 lines."""
+    """No file over 300 lines, no function over 50, 3,665 lines in all, scripts of 50 lines."""
     sizes = {name: len(lines_of(name)) for name in (*NAMES, *SHELL)}
     assert {name: size for name, size in sizes.items() if size > 300} == {}
-    assert sum(sizes.values()) <= 3750, sizes
+    assert sum(sizes.values()) <= 3665, sizes
     assert sizes["TrainUnetDataSet.py"] <= 50 and sizes["ddp_train.py"] <= 50
     long = {}
     for name in NAMES:
