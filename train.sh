@@ -8,11 +8,9 @@ source "$here/env.sh"
 
 log=Unet_train.txt data=() given=" $* "
 for flag in "$@"; do
-    case $flag,${before-} in
-        -h,* | --help,*) exec python3 "$here/TrainUnetDataSet.py" --help ;;
-        --log_file=*) log=${flag#*=} ;;
-        *,--log_file) log=$flag ;;
-    esac
+    [[ $flag != -h && $flag != --help ]] || exec python3 "$here/TrainUnetDataSet.py" --help
+    [[ ${before-} != --log_file ]] || log=$flag
+    [[ $flag != --log_file=* ]] || log=${flag#*=}
     before=$flag
 done
 if [[ $given != *" --data_path"* && ! -e data/train_image ]]; then

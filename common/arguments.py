@@ -70,6 +70,7 @@ def training_parser(doc, augmentations):
     add("--data_path", type=path, default=DATA, help="folder or TIFF stack of training slices")
     add("--label_path", type=path, help="their labels (default: data_path with label for image)")
     add("--num_workers", type=number(int, 0, 64), default=0, help="processes that read slices")
+
     validation = parser.add_argument_group("validation")
     add = validation.add_mutually_exclusive_group().add_argument
     add("--val_count", type=number(int, 0), default=0, help="hold out the last N training slices")
@@ -92,20 +93,16 @@ def training_parser(doc, augmentations):
     add("--batch_size", type=count, default=4, help="crops a step and device")
     add("--lr", type=number(float, 1e-30, 1e38), default=1e-3, help="learning rate")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="whether it falls to 0 or stays")
-    crop = "side of the random crops to train on; 0: whole slices (default: 256, or what the smallest slice holds)"
-    add("--crop", type=number(int, 0), metavar="N", help=crop)
-    kinds = "what is done to slices at random; no value: nothing"
-    add("--augment", nargs="*", choices=augmentations, default=["flip", "rotate"], help=kinds)
-    weight = "how much more the loss counts membrane between two near cells; 0: alike"
-    add("--border_weight", type=number(float, 0, 1e6), default=10.0, help=weight)
+    add("--crop", type=number(int, 0), help="side of the random crops; 0: whole slices (default: 256 at most)")
+    add("--augment", nargs="*", choices=augmentations, default=["flip", "rotate"], help="at random; no value: nothing")
+    add("--border_weight", type=number(float, 0, 1e6), default=10.0, help="extra loss on membrane between near cells")
     add("--seed", type=number(int, 0), default=0, help="of all that is random")
-    limit = "of several processes, end one that got no further for so many seconds"
-    add("--rank_timeout", type=number(float, 0.1), default=1800.0, help=limit)
+    add("--rank_timeout", type=number(float, 0.1), default=1800.0, help="seconds that processes wait for one another")
 
     kept = parser.add_argument_group("what is kept")
-    folder = "folder for last.safetensors and best.safetensors"
-    kept.add_argument("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help=folder)
-    kept.add_argument("--log_file", type=path, default="Unet_train.txt", help="a loss a line; more is in the .csv")
+    add = kept.add_argument
+    add("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help="folder for last and best epoch")
+    add("--log_file", type=path, default="Unet_train.txt", help="a loss a line; more is in the .csv")
     add = kept.add_mutually_exclusive_group().add_argument
     add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments")
     add("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
@@ -140,9 +137,9 @@ def saved_flags(args, argv, augmentations):
     from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
 
     path = args.resume or args.init
-    tensors, _, metadata = read(path)
+    tensors, kept, metadata = read(path)
     saved = metadata.get("arguments") if args.resume else {}
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or (args.resume and not kept and "optimizer" not in metadata):
         raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
     said = {word.split("=")[0].removesuffix("_dir") for word in argv}
     for name in PATHS:
@@ -151,7 +148,7 @@ def saved_flags(args, argv, augmentations):
     *_, bilinear, saved["base_channels"] = architecture(path, tensors)
     flags = ["--bilinear"] * bilinear
     for name in RESUMED:
-        if isinstance(saved.get(name), int | float | str) and not (name == "val_count" and args.val_path):
+        if type(saved.get(name)) in (int, float, str) and not (name == "val_count" and args.val_path):
             flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
     if isinstance(saved.get("augment"), list):
         flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]

@@ -31,19 +31,17 @@ def pick(name):
 
     On GPUs newer than its machine code OneFlow 0.9 says that it is available, and the first computation fails.
     """
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device, major = ctypes.c_int(), ctypes.c_int()
     trouble = "OneFlow finds no GPU here"
     if name != "cpu" and flow.cuda.is_available():
         with suppress(OSError):
             driver = ctypes.CDLL("libcuda.so.1")
             driver.cuInit(0)
             driver.cuDeviceGet(ctypes.byref(device), int(os.environ.get("LOCAL_RANK") or 0))
-            for number, attribute in ((major, 75), (minor, 76)):
-                driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         if major.value in (0, 6, 7, 8):  # 0: the driver doesn't say
             return "cuda"
-        version = f"{major.value}.{minor.value}"
-        trouble = f"OneFlow 0.9 has no code for this GPU (compute capability {version}, not 6.0 to 8.9)"
+        trouble = f"OneFlow 0.9 has no code for this GPU (compute capability {major.value}, not 6 to 8)"
         if name == "auto":
             print(f"{trouble}: using the CPU")
     if name == "cuda":
@@ -75,10 +73,10 @@ def data_sets(SelfDataSet, args):
     if args.data_path == DATA and not Path(DATA).exists():
         raise InputError(f"no {DATA} here: python3 data/prepare.py isbi (or sample) makes it")
     options = {name: getattr(args, name) for name in ("augment", "crop", "repeat", "border_weight", "seed")}
-    options["keep"], val_set = slice(None, -args.val_count or None), None
-    train_set = SelfDataSet(args.data_path, args.label_path, **options)
+    train_set = SelfDataSet(args.data_path, args.label_path, keep=slice(None, -args.val_count or None), **options)
     if not train_set.pairs:
         raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
+    val_set = None
     if args.val_path:
         val_set = SelfDataSet(args.val_path, args.val_label_path)
     elif args.val_count:

@@ -20,8 +20,7 @@ import safetensors
 import safetensors.numpy
 
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
-CONVERT = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'NEW.safetensors')"
-SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what odd JSON raises when it is used
+SENSELESS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)  # what odd JSON raises when it is used
 
 
 def write(path, tensors, metadata):
@@ -53,7 +52,8 @@ def read(path, trust_pickle=False):
     if path.is_dir() and not trust_pickle:
         raise InputError(f"{path}: a folder of flow.save runs code when loaded: predict with it and --trust_pickle")
     if path.suffix in (".pth", ".pt", ".ckpt"):
-        raise InputError(f"{path}: is PyTorch's, convert it with torch: {CONVERT}")
+        convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'NEW.safetensors')"
+        raise InputError(f"{path}: is PyTorch's, convert it with torch: {convert}")
     try:
         if path.is_dir():
             tensors = {name: tensor.numpy() for name, tensor in flow.load(str(path)).items()}
@@ -95,7 +95,7 @@ def named_as_ours(path, tensors):
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     said = [f"names without {prefix}"] if prefix else []
     own = UNet(*architecture(path, found)).state_dict()
-    if unused := sorted({name for name in tensors if name.removeprefix(prefix) not in own}):
+    if unused := sorted(name for name in tensors if name.removeprefix(prefix) not in own):
         said.append(f"left out {', '.join(unused[:5])}")
     biases = {name for name in own if name.endswith(("double_conv.0.bias", "double_conv.3.bias"))}
     if biases.isdisjoint(found):
@@ -111,9 +111,8 @@ def architecture(path, tensors):
     """What UNet() is to be called with for a net's tensors. Raises InputError for none, or one the file can't hold."""
     with suppress(KeyError, IndexError, ValueError):
         (base_channels, n_channels, *_), n_classes = tensors[FIRST].shape, tensors[LAST].shape[0]
-        sizes = (tensors[FIRST].size, tensors[LAST].size, sum(tensor.size for tensor in tensors.values()))
-        least = (9 * base_channels * n_channels, base_channels * n_classes, 576 * base_channels**2)
-        if all(size >= max(1, floor) for size, floor in zip(sizes, least, strict=True)):
+        least = base_channels * (9 * n_channels + n_classes + 576 * base_channels)
+        if n_channels * n_classes > 0 and 0 < least <= sum(tensor.size for tensor in tensors.values()):
             return n_channels, n_classes, "up1.up.weight" not in tensors, base_channels
     raise InputError(f"{path}: doesn't hold a U-Net's weights")
 
@@ -122,19 +121,15 @@ def fill(path, net, tensors):
     """Load a checkpoint's net tensors into the net. Raises InputError where they don't fit."""
     own = net.state_dict()
     try:
-        net.load_state_dict({name: as_ours(name, own, tensors) for name in own | tensors})
+        net.load_state_dict({name: as_ours(name, own[name], tensors[name]) for name in own | tensors})
     except SENSELESS as error:
         text = f"doesn't hold this U-Net of {net.base_channels} base channels{', bilinear' * net.bilinear}"
         wrong = f"{error} is missing, unknown, of another shape or type, or not finite"
         raise InputError(f"{path}: {text}: {wrong}") from None
 
 
-def as_ours(name, own, arrays):
-    """An array as a tensor in the place of own[name]. Raises ValueError or KeyError where they differ in kind or shape.
-
-    So it does where nothing finite would come of it.
-    """
-    ours, array = own[name], arrays[name]
+def as_ours(name, ours, array):
+    """An array as a tensor in the place of ours. Raises ValueError for another shape or kind, or what is not finite."""
     real = ours.dtype.is_floating_point
     fits = tuple(ours.shape) == array.shape and np.issubdtype(array.dtype, np.floating if real else np.integer)
     if not fits or (real and not (np.abs(array) < 1e30).all()) or ("running_var" in name and array.min() < 0):
@@ -148,52 +143,42 @@ def contents(net, optimizer):
     What the optimizer keeps of a parameter is `optimizer.WHAT.PARAMETER`. Raises InputError for what fits nowhere.
     """
     tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    kind, numbers, names = type(optimizer).__name__, {}, names_of(net, optimizer)
-    for key, value in optimizer.state_dict()["state"].items():
+    kind, numbers, name_of = type(optimizer).__name__, {}, {id(p): name for name, p in net.named_parameters()}
+    for key, value in optimizer._state.items():  # PyTorch's .state: numbers by their names, tensors by parameter
         if isinstance(key, str) and isinstance(value, int | float):
             numbers[key] = value
-        elif isinstance(key, int) and all(isinstance(tensor, flow.Tensor) for tensor in value.values()):
-            tensors |= {f"optimizer.{what}.{names[key]}": tensor.numpy() for what, tensor in value.items()}
+        elif isinstance(key, flow.Tensor) and all(isinstance(tensor, flow.Tensor) for tensor in value.values()):
+            tensors |= {f"optimizer.{what}.{name_of[id(key)]}": tensor.numpy() for what, tensor in value.items()}
         else:
             raise InputError(f"{kind}: its state {key} is neither a number nor tensors, no checkpoint can hold it")
     return tensors, {"name": kind, "state": numbers}
-
-
-def names_of(net, optimizer):
-    """The parameters' names in the optimizer's order, which need not be the net's."""
-    name_of = {id(parameter): name for name, parameter in net.named_parameters()}
-    return [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group.parameters]
 
 
 def resume(path, net, optimizer):
     """Load a checkpoint into net and optimizer -> its metadata. Raises InputError where it doesn't fit."""
     tensors, kept, metadata = read(path)
     fill(path, net, tensors)
-    older = kept and "optimizer_step" in metadata  # it knew Adam only and kept the rows in the log
-    if older:
+    if older := "optimizer_step" in metadata:  # it knew Adam only and kept the rows in the log
         metadata |= {"optimizer": {"name": "Adam", "state": {"step": metadata["optimizer_step"]}}, "rows": []}
     saved, kind = metadata.get("optimizer"), type(optimizer).__name__
-    if not kept and not isinstance(saved, dict):
-        raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
     if isinstance(saved, dict) and saved.get("name") != kind:
         raise InputError(f"{path}: was trained with {saved.get('name')}, not with {kind}, so it can't go on here")
-    own, names, state = optimizer.state_dict(), names_of(net, optimizer), {}
+    own, state = dict(net.named_parameters()), {}
     try:
-        for name in kept:
+        for name, array in kept.items():
             _, what, owner = name.split(".", 2)
-            tensor = as_ours(name, {name: net.state_dict()[owner]}, kept)
-            state.setdefault(names.index(owner), {})[what] = tensor
-        numbers = {key: type(number) for key, number in own["state"].items() if isinstance(key, str)}
+            state.setdefault(own[owner], {})[what] = as_ours(name, own[owner], array).to(own[owner].device)
+        numbers = {key: type(number) for key, number in optimizer._state.items() if isinstance(key, str)}
         epoch, best, rows = (metadata[key] for key in ("epoch", "best", "rows"))
         sound = len({frozenset(one) for one in state.values()}) <= 1  # a parameter without gradients has none
         sound &= {key: type(number) for key, number in saved["state"].items()} == numbers
         sound &= all(0 <= number < 2**31 for number in saved["state"].values())
-        sound &= type(epoch) is int and (epoch == len(rows) + 1 or (older and 0 < epoch < 2**31))
+        sound &= type(epoch) is int and 0 < epoch < 2**31 and (older or rows[-1]["epoch"] == str(epoch - 1))
         sound &= all({*map(type, row.values())} == {str} and float(row["train_loss"]) >= 0 for row in rows)
         sound &= best is None or ("by" in best and math.isfinite(best["loss"]) and 0 <= best["threshold"] <= 1)
     except SENSELESS:
         sound = False
     if not sound:
         raise InputError(f"{path}: its epoch, best, rows or what its optimizer kept make no sense")
-    optimizer.load_state_dict({**own, "state": own["state"] | state | saved["state"]})
+    optimizer._state |= state | saved["state"]
     return metadata

@@ -19,7 +19,7 @@ from tqdm import tqdm
 class Run:
     """A training from `first_epoch`, the first or the one after args.resume's last, to args.epochs.
 
-    Before anything is computed it locks what it writes, and makes sure that net and optimizer can be saved; raises
+    Locks what it writes, and makes sure that net and optimizer can be saved, before anything is computed. Raises
     InputError.
     """
 
@@ -28,9 +28,9 @@ class Run:
         self.train_set, self.val_set = train_set, val_set
         self.amp = mixed_precision(args, device, graph=graph)
         # The arguments, with what was found out for those that were left open, and what else resuming compares.
-        self.arguments = vars(args) | {"base_channels": net.base_channels, "crop": train_set.crop}
-        self.arguments |= {"dropout": net.dropout.p, "processes": start.processes, "device": device}
-        self.arguments["slices"] = digest_of(train_set, val_set)
+        found = {"base_channels": net.base_channels, "crop": train_set.crop, "dropout": net.dropout.p, "device": device}
+        found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
+        self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
         checkpoint.contents(net, optimizer)
         if args.resume:
@@ -39,11 +39,11 @@ class Run:
             checkpoint.fill(args.init, net, checkpoint.read(args.init)[0])
         self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
-            check_output(args.log_file)
-            table = Path(args.log_file).with_suffix(".csv")
-            check_output(table)
+            logs = args.log_file, Path(args.log_file).with_suffix(".csv")
+            for path in logs:
+                check_output(path)
             make_folder(self.last.parent)
-            for path in (args.log_file, table, self.last.parent):
+            for path in (*logs, self.last.parent):
                 lock(path)
             if self.last.exists() and not args.resume:
                 print(f"starts over: replaces {self.last}, best.safetensors and {args.log_file} after the first epoch")
@@ -58,16 +58,15 @@ class Run:
         if start.rank:
             return
         for name in ("slices", "processes", *RESUMED, "augment"):
-            if (was := metadata["arguments"].get(name)) != (now := self.arguments[name]):
+            now = self.arguments[name]
+            if (was := metadata["arguments"].get(name, now)) != now:  # older checkpoints don't say all
                 print(f"not as {path} was trained: {name} {was} -> {now}")
         print(f"resuming {path}: it has {self.first_epoch - 1} epochs of {args.epochs}, a larger --epochs goes on")
 
     def schedule(self, steps):
         """The schedule of the learning rate, to be stepped after each of an epoch's steps; a cosine to args.epochs."""
-        if self.args.schedule == "cosine":
-            schedule = CosineAnnealingLR(self.optimizer, self.args.epochs * steps)
-        else:
-            schedule = ConstantLR(self.optimizer, factor=1, total_iters=0)
+        cosine, total = self.args.schedule == "cosine", self.args.epochs * steps
+        schedule = CosineAnnealingLR(self.optimizer, total) if cosine else ConstantLR(self.optimizer, 1, 0)
         schedule.last_step = (self.first_epoch - 1) * steps - 1  # all its state: nothing to save
         schedule.step()
         return schedule
@@ -88,9 +87,8 @@ class Run:
                 yield image.to(self.device), label.to(self.device), weight.to(self.device)
         for parameter in self.net.parameters():
             parameter.numpy()  # waits for the last step, which OneFlow may not have finished
-        if start.processes > 1:
-            for buffer in self.net.buffers():  # each rank's own until the next forward fetches rank 0's
-                flow.comm.broadcast(buffer, 0)
+        for buffer in self.net.buffers() if start.processes > 1 else ():
+            flow.comm.broadcast(buffer, 0)  # each rank's own until the next forward fetches rank 0's
         loss, self.samples, steps, *further = sum_over_ranks(*self.sums.values())
         self.train_loss, self.seconds = loss / self.samples, time.monotonic() - began
         self.further = {name: value / steps for name, value in zip(list(self.sums)[3:], further, strict=True)}
@@ -102,16 +100,15 @@ class Run:
         # DistributedSampler fills its last round up with slices that were dealt already: they don't count again.
         new = self.place + start.processes * np.arange(len(losses)) < len(self.train_set)
         self.place += start.processes * len(losses)
-        step = {"loss": float(losses[new].sum()), "samples": int(new.sum()), "steps": 1, **further}
-        for name, value in step.items():
+        for name, value in {"loss": losses[new].sum(), "samples": new.sum(), "steps": 1, **further}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
 
     def validate(self, criterion):
-        """Scores of the validation slices; {} without slices, None in an epoch that leaves it out.
+        """The validation slices' scores; {} without slices, None in an epoch that leaves it out.
 
-        val_loss, without weights; val_misclassification, the share of pixels on the wrong side of P(interior) = 0.5;
-        val_v_rand and val_v_info, each at its best threshold; val_threshold, that of V_Rand.
+        val_loss is without weights, val_misclassification at P(interior) > 0.5; val_v_rand and val_v_info are at the
+        best threshold of each, val_threshold is that of V_Rand.
         """
         if self.val_set is None:
             return {}

@@ -49,19 +49,17 @@ def write_whole(path, sync=True):
 def make_folder(path):
     """Make a folder to write to, before the work, and tidy up what killed processes left there. Raises InputError."""
     path = Path(path)
-    try:
+    with suppress(OSError):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: can't be made ({error.strerror}), choose another folder") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: can't be written to, choose another folder")
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: can't be written to as a folder, choose another one")
     for left in path.glob(f".*.{HOST}.*.new"):  # other hosts may be at work in the folder too
         if not Path("/proc", left.name.split(".")[-2]).exists():
             left.unlink(missing_ok=True)
 
 
 def check_output(path):
-    """Make the folder of a file to write. Raises InputError if the file can't be written there."""
+    """Make the folder of a file to write. Raises InputError where it can't be written."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is in the way, it is not a file")

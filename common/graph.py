@@ -30,12 +30,11 @@ class TrainingGraph(nn.Graph):
         if kind not in STATE:
             raise InputError(f"{kind}: graph_train.py only knows {', '.join(STATE)}; TrainUnetDataSet.py takes any")
         pairs = {} if kind == "SGD" and not optimizer.param_groups[0]["momentum"] else STATE[kind]
-        eager, state = optimizer.state_dict(), {"System-Train-TrainStep": count}
-        for index, (name, parameter) in enumerate(net.named_parameters()):
+        state = {"System-Train-TrainStep": count}
+        for name, parameter in net.named_parameters():
             for ours, theirs in pairs.items():
                 zeros = flow.zeros_like(parameter)  # where a run begins
-                state[f"net.{name}-{theirs}"] = eager["state"][index].setdefault(ours, zeros)
-        optimizer.load_state_dict(eager)
+                state[f"net.{name}-{theirs}"] = optimizer._state[parameter].setdefault(ours, zeros)
         self.load_state_dict(state)
 
 
@@ -59,8 +58,6 @@ class Graphs:
         for name, buffer in self.net.named_buffers():
             if name.endswith("num_batches_tracked"):
                 buffer += steps
-        state = self.optimizer.state_dict()
-        state["state"]["step"] += steps
-        self.optimizer.load_state_dict(state)
+        self.optimizer._state["step"] += steps
         self.schedule.last_step += steps - 1
         self.schedule.step()

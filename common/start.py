@@ -17,7 +17,7 @@ from common.files import unfinished
 
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
-main_process, stderr = os.getpid(), 2  # stderr: also while descriptor 2 is silenced
+main_process, stderr = os.getpid(), os.dup(2)  # stderr: also while descriptor 2 is silenced
 patience, port_names = None, []  # of several processes: the watchdog's seconds; what holds the job's port
 
 
@@ -26,21 +26,20 @@ def run(main):
 
     By `os._exit`: OneFlow's own shutdown hangs now and then, and where another process waits for this one, always.
     """
-    global main_process, stderr
-    main_process, stderr = os.getpid(), os.dup(2)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8
     if not os.path.exists("/dev/nvidia0"):
         # OneFlow's thread of its own for operations would spin beside the kernels' threads. It reads this once.
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
-    code, said = 0, ""
+    code, said = 1, ""
     try:
         try:
             main()
             leave_together()
         finally:
             sys.stdout.flush()  # a full disk fails here, and `| head`
+        code = 0
     except SystemExit as exit:
         code, said = (exit.code or 0, "") if isinstance(exit.code, int | None) else (1, exit.code)
     except InputError as error:
@@ -48,11 +47,9 @@ def run(main):
         # Files from strangers must not break the line, or colour the terminal.
         code, said = 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     except OSError as error:
-        code, said = 1, f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
-    except FloatingPointError as error:
-        code, said = 1, error
-    except Exception:
-        code, said = 1, traceback.format_exc()
+        said = f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
+    except Exception as error:
+        said = error if isinstance(error, FloatingPointError) else traceback.format_exc()
     if said:
         complain(said)
     os._exit(code)
@@ -88,12 +85,13 @@ def complain(message, code=None):
 
 def join():
     """Become the process that the launcher's environment says; ends it where OneFlow wouldn't find the others."""
-    global rank, processes, patience, stderr
+    global rank, processes, patience
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
     try:
-        processes, rank, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+        processes, rank, local, port = (int(os.environ[name]) for name in names)
+        address = os.environ["MASTER_ADDR"]
     except (KeyError, ValueError):
         complain("WORLD_SIZE is set, but not all that oneflow.distributed.launch sets: start it with that", 2)
     # A launcher can be ended without its ranks: have the kernel end them with it (1 is PR_SET_PDEATHSIG).
@@ -102,7 +100,6 @@ def join():
     with suppress(ValueError):  # the flags aren't parsed yet, which says what makes no sense
         patience = min(max(0.1, float(dict(pairwise(words)).get("--rank_timeout", 1800))), 1e6)
     find_master(local == rank, address, port, max(patience, 10))
-    stderr = os.dup(2)  # OneFlow's import is silenced, its waiting should not be
     got_further(max(patience, 30))  # it may take OneFlow 10 seconds to look again
 
 
@@ -118,10 +115,9 @@ def find_master(same_host, address, port, seconds):
             for name in names:
                 port_names.append(socket.socket(socket.AF_UNIX))
                 port_names[-1].bind(f"\0{name}")
-            socket.create_server(("", port)).close()
+            return socket.create_server(("", port)).close()
         except (OSError, OverflowError) as error:
             complain(f"port {port} ({error}): if another job runs here, give the launcher another --master_port", 1)
-        return
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with suppress(OSError):

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 
-from conftest import LAST, ROOT, metadata_of, rows_of, tensors_of
+from common.arguments import InputError
+from conftest import LAST, ROOT, metadata_of, rows_of, tensors_of, train
 
 import pytest
 
@@ -50,7 +51,7 @@ def change(copy, title, names):
     section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S).group(1)
     (diff,) = re.findall(r"```diff\n(.*?)```", section, re.S)
     hunks = [hunk.splitlines() for hunk in re.split(r"^\.\.\.\n", diff, flags=re.M)]
-    changed = [line for hunk in hunks for line in hunk if line[:1] == "+"]
+    changed = [line for hunk in hunks for line in hunk if line[:1] in ("+", "-")]
     assert 0 < len(changed) <= 6
     for name in names:
         text = (copy / name).read_text()
@@ -95,17 +96,19 @@ CASES = {
 
 
 @pytest.mark.parametrize("title", CASES)
-def test_a_change_is_a_few_lines_of_one_file(title, copy, slices):
+def test_a_change_is_a_few_lines_of_one_file(title, copy, slices, tmp_path):
     """The page's diff, at most 6 lines, is all that it takes; the same lines in each of the training scripts."""
     files, twins, flags = CASES[title]
     change(copy, title, files)
-    for i, twin in enumerate(twins):
-        flags = (*flags, "--val_count", 2) if i == 0 else flags
-        folder = run(copy, twin, slices, *flags)
+    for i, twin in enumerate(twins):  # the first with validation slices
+        folder = run(copy, twin, slices, *flags, *("--val_count", 2) * (i == 0))
         rows, metadata = rows_of(folder / "Unet_train.csv"), metadata_of(folder / LAST)
         assert [row["epoch"] for row in rows] == ["1", "2"]
         if "optimizer" in title:
-            assert metadata["optimizer"]["name"] == title.split()[2].replace("SGD", "SGD")
+            assert metadata["optimizer"]["name"] == title.split()[2]
+            resumed = ("--resume", folder / LAST, "--data_path", slices, "--val_count", 2 * (i == 0), "--epochs", 3)
+            with pytest.raises(InputError, match=f"{LAST}: was trained with {title.split()[2]}, not with Adam,"):
+                train(*resumed, cwd=tmp_path / f"unchanged{i}", small=("--device", "cpu"))
             kept = {name.split(".")[1] for name in tensors_of(folder / LAST) if name.startswith("optimizer.")}
             assert kept == ({"momentum_buf"} if "SGD" in title else {"exp_avg", "exp_avg_sq"})
         if "column" in title:

@@ -190,3 +190,320 @@ def test_slices_of_different_sizes(tmp_path):
     train("--epochs", 1, "--batch_size", 1, "--crop", 0, cwd=tmp_path)
     with pytest.raises(InputError, match="--crop"):
         train("--batch_size", 2, "--crop", 0, cwd=tmp_path)
+<<<<<<< HEAD
+=======
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+OPTIMIZERS = {
+    "SGD": lambda p: optim.SGD(p, lr=0.01),
+    "momentum": lambda p: optim.SGD(p, lr=0.01, momentum=0.9),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01),
+    "two groups": lambda p: optim.Adam([{"params": p[::2], "lr": 0.02}, {"params": p[1::2]}], lr=0.01),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01),
+    "Adadelta": lambda p: optim.Adadelta(p, lr=0.1),
+}
+
+
+class Small(nn.Module):
+    """A net that takes no time, with a parameter that never gets a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)
+        self.unused = nn.Parameter(flow.zeros(2))
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_is_saved(name, tmp_path):
+    """Two steps, saved and loaded into a new net and optimizer, go on with the bits of a run that was not stopped."""
+    x = flow.tensor(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
+
+    def new():
+        flow.manual_seed(0)
+        net = Small()
+        return net, OPTIMIZERS[name](list(net.parameters()))
+
+    def steps(net, optimizer, count):
+        for _ in range(count):
+            (net(x) ** 2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    path, rows = tmp_path / "some.safetensors", [{"epoch": "1", "train_loss": "0.5"}]
+    net, optimizer = new()
+    checkpoint.contents(net, optimizer)  # before any step, too
+    steps(net, optimizer, 2)
+    tensors, state = checkpoint.contents(net, optimizer)
+    metadata = {"model": {}, "epoch": 2, "best": None, "rows": rows, "optimizer": state}
+    checkpoint.write(path, tensors, metadata)
+    steps(net, optimizer, 2)
+    other = new()
+    checkpoint.resume(path, *other)
+    steps(*other, 2)
+    for one, two in zip(net.state_dict().values(), other[0].state_dict().values(), strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+    net = Small()
+    with pytest.raises(InputError, match=f"trained with {type(optimizer).__name__}, not with Adagrad"):
+        checkpoint.resume(path, net, optim.Adagrad(net.parameters()))
+
+
+def test_what_cannot_be_saved_is_found_first(slices, tmp_path, monkeypatch):
+    """An optimizer whose state no checkpoint can hold ends the run before the first step, with its name."""
+
+    class Odd(optim.Adam):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._state["history"] = [1, 2]
+
+    monkeypatch.setattr(optim, "Adam", Odd)
+    monkeypatch.setattr(epoch.Run, "batches", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(InputError, match="Odd: its state history"):
+        train("--epochs", 1, cwd=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_decides_little(slices, tmp_path):
+    """Resuming takes hyperparameters from the file, never paths or other flags."""
+    paths = {"--val_path": slices, "--checkpoint_dir": "mine", "--log_file": "mine.txt"}
+    train("--epochs", 1, *(word for pair in paths.items() for word in pair), cwd=tmp_path)
+    last = tmp_path / "mine/last.safetensors"
+    for left_out in paths:  # or it would go on with other data, or into another run's files
+        rest = (word for pair in paths.items() if pair[0] != left_out for word in pair)
+        with pytest.raises(InputError, match=left_out):
+            train("--resume", last, "--epochs", 2, *rest, cwd=tmp_path, small=())
+
+    tensors, metadata = tensors_of(last), metadata_of(last)
+    hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
+    for name, value in hostile.items():
+        saved = {**metadata["arguments"], "val_path": None, name: value}
+        saved |= {"checkpoint_dir": "stolen", "log_file": "stolen.txt"}
+        checkpoint.write(tmp_path / "evil.safetensors", tensors, {**metadata, "arguments": saved})
+        flags = ("--resume", "evil.safetensors", "--epochs", 2, "--device", "cpu")
+        flags += ("--checkpoint_dir", "mine", "--log_file", "mine.txt")
+        if name == "augment":
+            train(*flags, cwd=tmp_path, small=())
+        else:
+            with pytest.raises(InputError, match="--seed"):
+                train(*flags, cwd=tmp_path, small=())
+    assert not list(tmp_path.glob("stolen*"))
+
+
+def test_older_checkpoints_resume(slices, tmp_path):
+    """One of before rows were kept, as the kernels in NumPy made them, goes on; without its optimizer it can't."""
+    train("--data_path", slices, "--epochs", 1, cwd=tmp_path)
+    path = tmp_path / "checkpoints/last.safetensors"
+    net, optimizer, metadata = checkpoint.read(path)
+    step = metadata.pop("optimizer")["state"]["step"]
+    del metadata["rows"], metadata["arguments"]["slices"]
+    metadata["arguments"]["amp"] = False  # of graph_train.py, a flag without a value
+    checkpoint.write(path, net | optimizer, metadata | {"optimizer_step": step})
+    checkpoint.write(tmp_path / "bare.safetensors", net, metadata | {"optimizer_step": step})
+    train("--data_path", slices, "--epochs", 2, "--resume", path, cwd=tmp_path)
+    assert checkpoint.read(path)[2]["optimizer"]["state"]["step"] == 2 * step
+    train("--data_path", slices, "--epochs", 3, "--resume", path, cwd=tmp_path)
+    assert [row["epoch"] for row in checkpoint.read(path)[2]["rows"]] == ["2", "3"]
+    with pytest.raises(InputError, match="holds weights only"):
+        train("--data_path", slices, "--epochs", 2, "--resume", "bare.safetensors", cwd=tmp_path)
+
+
+def test_resuming_otherwise_is_said(slices, tmp_path):
+    """Other slices and another number of processes are said; another net is refused."""
+    train("--epochs", 1, cwd=tmp_path)
+    metadata = metadata_of(tmp_path / LAST)
+    metadata["arguments"]["processes"] = 2
+    checkpoint.write(tmp_path / LAST, tensors_of(tmp_path / LAST), metadata)
+    (slices / "5.png").unlink()
+    done = resume("--epochs", 2, cwd=tmp_path)
+    assert f"{LAST} was trained: slices " in done.stdout
+    assert f"{LAST} was trained: processes 2 -> 1\n" in done.stdout
+    for flags in (("--base_channels", 8), ("--bilinear",)):
+        with pytest.raises(InputError, match=r"U-Net of \d base channels"):
+            resume("--epochs", 3, *flags, cwd=tmp_path)
+
+
+def test_begin_with_given_weights(slices, tmp_path):
+    """--init takes weights and width, and nothing else: a new optimizer, epoch 1; of other programs' weights too."""
+    train("--epochs", 1, cwd=tmp_path)
+    tensors = {f"module.{n}": t for n, t in tensors_of(tmp_path / LAST).items() if not n.startswith("optimizer.")}
+    checkpoint.write(tmp_path / "bare.safetensors", tensors, {})
+    with pytest.raises(InputError, match=r"bare\.safetensors: holds weights only.* --init"):
+        train("--resume", "bare.safetensors", cwd=tmp_path, small=())
+    with pytest.raises(InputError, match=r"bare\.safetensors: .* U-Net of 8 base channels"):
+        train("--init", "bare.safetensors", "--base_channels", 8, cwd=tmp_path, small=())
+    flags = ("--device", "cpu", "--data_path", slices, "--epochs", 1, "--lr", 1e-30, "--dropout", 0)
+    train(*flags, "--init", tmp_path / "bare.safetensors", cwd=tmp_path / "begun", small=())
+    one, other = tensors_of(tmp_path / LAST), tensors_of(tmp_path / "begun" / LAST)
+    np.testing.assert_array_equal(one["outc.conv.weight"], other["outc.conv.weight"])
+    metadata = metadata_of(tmp_path / "begun" / LAST)
+    assert metadata["epoch"] == 2 and metadata["model"]["base_channels"] == 4
+    assert metadata["optimizer"]["state"]["step"] == 12  # 6 slices, 8 times, 4 at once
+
+
+# ------------------------------------------------------------------------------------- flags
+
+BAD = {
+    "no such folder": (("--data_path", "nowhere_image"), "nowhere_image"),
+    "no data yet": (("--data_path", "data/train_image"), "data/prepare.py"),
+    "large crop": (("--crop", 64), "--crop 64"),
+    "nothing left to train on": (("--val_count", 6), "--val_count"),
+    "no GPU": (("--device", "cuda", "--data_path", "nowhere_image"), "--device"),
+    "no bfloat16": (("--amp", "on", "--cpu_kernels", "off", "--data_path", "nowhere_image"), "--amp"),
+    "unknown flag": (("--epoch_count", 3), "--epoch_count"),
+    "abbreviated flag": (("--epoch", 3), "--epoch"),
+    "two validation sets": (("--val_count", 2, "--val_path", "data/train_image"), "--val_count"),
+    "checkpoint missing": (("--resume", "nothing.safetensors"), "nothing.safetensors"),
+    "checkpoint damaged": (("--resume", "damaged.safetensors"), "damaged.safetensors"),
+    "folder as checkpoint": (("--resume", "data"), "data"),
+    "log is a folder": (("--log_file", "data"), "data"),
+    "log without a name": (("--log_file", "."), r"\."),
+    "log in the way": (("--log_file", "loss.csv"), "--log_file"),
+    "two beginnings": (("--init", "a.safetensors", "--resume", "b.safetensors"), "--init"),
+    "weights for a folder": (("--checkpoint", "b.safetensors"), "--init"),
+    "folder in the way": (("--checkpoint_dir", "data/train_image/0.png"), "0.png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, slices, tmp_path):
+    """Bad input: one line that names the file or flag, and nothing written."""
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header....")
+    flags, said = BAD[case]
+    if case == "no data yet":
+        slices.rename(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=said) as error:
+        train(*flags, cwd=tmp_path)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+OUT_OF_RANGE = {
+    "--epochs": (0, -1, 1.5, "nan", "many", 10**400),
+    "--repeat": (0, -1, 10**5),
+    "--batch_size": (0, -4, 0.5),
+    "--lr": (0, -0.1, "nan", "inf"),
+    "--base_channels": (0, -16, 2000, 1.5),
+    "--crop": (-1, 1, 31, 2.5),
+    "--val_count": (-1, "all"),
+    "--val_every": (0, -1),
+    "--border_weight": (-1, "nan", "inf", 10**7),
+    "--dropout": (-0.1, 1, "nan"),
+    "--seed": (-1, 0.5),
+    "--num_workers": (-1, 1000),
+    "--rank_timeout": (0, -1, "nan", "inf"),
+    "--schedule": ("linear",),
+    "--best_by": ("dice", "v_rand"),  # v_rand without validation slices
+    "--augment": ("blur",),
+    "--device": ("tpu",),
+    "--amp": ("yes",),
+    "--cpu_kernels": ("on",),
+    "--resume": ("",),
+    "--val_path": ("",),
+    "--val_label_path": ("", "labels"),  # of no slices
+    "--log_file": ("",),
+}
+PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 300, 511), "--mirror": (-1, 8, 33, 112)}
+PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
+
+
+@pytest.mark.parametrize("parse, flags", [("train", OUT_OF_RANGE), ("predict", PREDICTING)])
+def test_every_flag_has_its_range(parse, flags, monkeypatch):
+    """Every value that makes no sense is refused by the name of its flag, before any work."""
+    for flag, values in flags.items():
+        for value in values:
+            monkeypatch.setattr(sys, "argv", ["x", f"{flag}={value}"])
+            with pytest.raises(InputError, match=flag) as error:
+                arguments.parse_args("", AUGMENTATIONS) if parse == "train" else predict_unet_test.parse_args()
+                pytest.fail(f"{flag} {value} was taken")
+            assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------- how a script ends
+
+
+def test_how_a_script_ends(tmp_path):
+    """Exit codes and what is said, without OneFlow and without its shutdown, which has hung after all was written."""
+    begin = "import atexit, sys\nfrom common import start\nfrom common.arguments import InputError\n"
+    begin += "atexit.register(print, 'late')\ndef main():\n    print('begun')\n    "
+    for last, code, said in (
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('that is all')", 1, "-c: that is all\n"),
+        (r"raise InputError('a\nb\x1b[2J')", 2, "-c: a\\nb\\x1b[2J\n"),
+        (
+            "raise OSError(28, 'No space left', 'file')",
+            1,
+            "-c: file: No space left; nothing was finished, nothing is kept\n",
+        ),
+        ("raise FloatingPointError('infinite')", 1, "-c: infinite\n"),
+    ):
+        done = python(f"{begin}{last}\nstart.run(main)", cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "begun\n", said), last
+    done = python(f"{begin}1 / 0\nstart.run(main)", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+    with open("/dev/full", "w") as full:
+        options = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        done = script("TrainUnetDataSet.py", "--help", cwd=tmp_path, **options)
+    assert done.returncode == 1 and one_line(done.stderr) and "No space left" in done.stderr
+
+
+def test_interrupt_keeps_the_last_epoch(slices, tmp_path):
+    """Ctrl-C: exit 130, one line says what is kept, the checkpoint loads, workers go quietly."""
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, "--epochs", "10000", "--num_workers", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    seen = ""
+    while "epoch: 2 " not in seen:
+        seen = process.stdout.readline()
+        assert seen, process.stderr.read()
+    time.sleep(0.3)  # into the next epochs, when the workers are at it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.startswith("\ninterrupted: epoch") and errors.count("\n") == 2
+    assert f"--resume {LAST}" in errors
+    done = metadata_of(tmp_path / LAST)["epoch"] - 1
+    assert done >= 2 and f"epoch {done} " in errors
+    assert done - len((tmp_path / "Unet_train.txt").read_text().splitlines()) in (0, 1)
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
+    """Some file systems of networks refuse to sync a folder: the file is written all the same."""
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with files.write_whole(tmp_path / "file") as file:
+        file.write(b"all")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_processes_write_one_file(tmp_path):
+    """Each has a temporary file of its own; what a killed one left is removed by the next run."""
+    with files.write_whole(tmp_path / "file") as file:
+        file.write(b"first")
+        program = "from common.files import write_whole\nwith write_whole('file') as file: file.write(b'second')"
+        assert python(program, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "file").read_bytes() == b"first"
+    (tmp_path / f".file.{files.HOST}.999999999.new").write_bytes(b"left behind")
+    files.make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+>>>>>>> house
