@@ -10,10 +10,13 @@ import time
 import traceback
 from contextlib import suppress
 from itertools import pairwise
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 from common.arguments import InputError
 from common.files import unfinished
+
+LOST = "a process of --num_workers is gone: give it more memory or more of /dev/shm, or pass --num_workers 0"
 
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
@@ -34,6 +37,8 @@ def run(main):
     if not os.path.exists("/dev/nvidia0"):
         # OneFlow's thread of its own for operations would spin beside the kernels' threads. It reads this once.
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
+    # A worker of a DataLoader that finds no room in /dev/shm would drop its batch, which is then waited for for ever.
+    Queue._on_queue_feeder_error = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     code, said = 0, ""
     try:
         try:
@@ -51,8 +56,9 @@ def run(main):
         code, said = 1, f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
     except FloatingPointError as error:
         code, said = 1, error
-    except Exception:
-        code, said = 1, traceback.format_exc()
+    except Exception as error:
+        lost = "DataLoader worker (pid" in str(error)
+        code, said = 1, f"{LOST}; {kept}" if lost else traceback.format_exc()
     if said:
         complain(said)
     os._exit(code)
