@@ -94,9 +94,8 @@ def list_pages(file):
             slices = [number for number, page in enumerate(tiff.pages) if not page.subfiletype & 1]
             pages, series = len(tiff.pages), tiff.series[0]
             sizes = dict(zip(series.axes, series.shape, strict=True))
-            within = (
-                series.size > pages * series.keyframe.size and not tiff.is_ome
-            )  # whose slices may be in other files
+            # An OME-TIFF's slices may be in other files.
+            within = not tiff.is_ome and series.size > pages * series.keyframe.size
             # tifffile takes a chain of pages that leads beyond the file's end, or back, for one that ends there.
             tiff.filehandle.seek(tiff.pages.next_page_offset)
             broken = tiff.filehandle.read(tiff.tiff.offsetsize) not in (bytes(4), bytes(8))

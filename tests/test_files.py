@@ -280,12 +280,13 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
         assert cv2.imwrite(str(tmp_path / name), image)
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "4.gif").write_bytes(b"GIF89a")
+    np.save(tmp_path / "5.npy", image)
     slices = list_slices(tmp_path)
     assert [name for name, *_ in slices] == ["0", "1", "2", "3"]
     for _, file, page in slices:
         assert np.abs(read_slice(file, page).astype(int) - image).max() < 20
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "left out 4.gif, notes.txt" in said
+    assert said.count("\n") == 1 and "left out 4.gif, 5.npy, notes.txt" in said
     for name in ("1.jpg", "3.bmp", "0.png"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
@@ -338,6 +339,10 @@ def test_borders_of_aligned_stacks():
         normal = normalise(framed)
         assert not normal[0].any() and not normal[:, :60].any()
         np.testing.assert_allclose(normal[inside], plain[inside[40:240, 60:240]], atol=0.03)
+        two_sides = np.pad(tissue, ((40, 0), (0, 70)), constant_values=value)
+        np.testing.assert_allclose(
+            normalise(two_sides)[40:, :180][~find_border(two_sides)[40:, :180]].std(), 1, atol=1e-3
+        )
     assert not normalise(np.full((40, 40), 7.0)).any()
     flat = normalise(np.float32(1e-9) * tissue)  # not flat: in other units
     np.testing.assert_allclose(flat, plain, atol=1e-4)
