@@ -171,9 +171,11 @@ def read_tiff(file, page, most):
         grey, samples = found.photometric < 2, found.samplesperpixel
         if found.tags.valueof(274, default=1) not in (0, 1, b"\0", b"\1"):
             raise InputError(f"{file}: is stored turned or mirrored, save it upright")
-        if samples > 1 and (grey or found.planarconfig == 2):
+        # OpenCV mixes them up, but for colours and for grey of 8 bit with opacity (1, 2).
+        opacity = samples == 2 and found.bitspersample == 8 and set(found.extrasamples) <= {1, 2}
+        if samples > 1 and (found.planarconfig == 2 or (grey and not opacity)):
             raise InputError(f"{file}: a page holds {samples} channels, save a grey one a page")
-        if grey and found.size <= most:
+        if grey and samples == 1 and found.size <= most:
             with suppress(Exception):
                 image = found.asarray()
         if found.photometric == 0 and 262 in found.tags:

@@ -188,6 +188,9 @@ def test_kinds_of_images(tmp_path):
                 write("planes.tif", planes, photometric=kind, planarconfig="separate")
         with pytest.raises(InputError, match="2 channels"):
             write("pair.tif", pair, photometric="minisblack", planarconfig="contig")
+    opaque = np.dstack([image, image * 0 + 255])
+    options = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]}
+    np.testing.assert_array_equal(write("alpha.tif", opaque, **options), image)
     ink = np.dstack([image * 0] * 3 + [255 - image])
     np.testing.assert_allclose(write("cmyk.tif", ink, photometric="separated"), grey, atol=1)
     pixels = [b"\0" + row.tobytes() for row in image]
