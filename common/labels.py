@@ -70,6 +70,8 @@ def refuse(path, pixels):
     # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
     soft = pixels[low] + pixels[high] > 0.5 * sum(pixels.values()) and high <= 255
     flags = f"--threshold {(low + high) / 2:g}" if soft else "--cells"
+    if len(pixels) < 10:  # what they mean is not ours to guess
+        flags = "--threshold N (interior is above N), or --cells (each number is a cell)"
     some = ", ".join(f"{value:g}" for value in sorted(pixels)[:6]) + ", …" * (len(pixels) > 6)
     text = f"{path}: has {len(pixels)} values ({some}), labels have two, membrane and interior"
     raise InputError(text + f": {CONVERT} {flags}" * (len(pixels) > 2))
