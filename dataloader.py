@@ -35,9 +35,8 @@ def augment(maps, rng, kinds, crop=None):
     else:
         maps = [m[top : top + side_y, left : left + side_x] for m in maps]
     if "flip" in kinds:
-        for axis in (0, 1):
-            if rng.integers(2):
-                maps = [np.flip(m, axis) for m in maps]
+        axes = tuple(axis for axis in (0, 1) if rng.integers(2))
+        maps = [np.flip(m, axes) for m in maps]
     if "rotate" in kinds:
         # A quarter turn would change the shape of an oblong image, and batches need one shape.
         turns = rng.integers(4) if side_y == side_x else 2 * rng.integers(2)
@@ -91,10 +90,9 @@ def border_weights(label, w0):
 class SelfDataSet:
     """Pairs of slice and label, for a DataLoader.
 
-    data_path: folder or stack of slices.
-    label_path: folder or stack of labels; by default the sibling of data_path whose last component has `label` for
-        `image`. Two folders pair by file name (`0.png` and `0.tif` do too), else order pairs them.
-    augment: any of "flip" (both directions), "rotate" (right angles), "elastic" (smooth deformation); none by default.
+    data_path, label_path: folders or stacks of slices and of their labels; by default the labels are the sibling of
+        data_path whose last component has `label` for `image`. Two folders pair by name, else order pairs.
+    augment: any of AUGMENTATIONS: flips in both directions, rotations by right angles, smooth deformation.
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
     repeat: how often an epoch sees each slice, each time with an augmentation of its own.
     border_weight: w0 of border_weights(); 0 for none.
@@ -103,10 +101,8 @@ class SelfDataSet:
 
     `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W): image normalised, label 0 (membrane) or 1
     (interior); with border_weight (image, label, weight). `names` and `shapes` hold each pair's name and (H, W),
-    `digest` is a SHA-256 of all their pixels.
-
-    All pairs are checked here, once. Raises InputError that lists what is wrong with any of them (20 of them at most),
-    or says what is wrong with the labels together, see judge().
+    `digest` is a SHA-256 of all their pixels. All pairs are checked here, once: raises InputError that lists what is
+    wrong with any of them (20 at most), or with the labels together, see judge().
     """
 
     def __init__(
@@ -125,10 +121,8 @@ class SelfDataSet:
         with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
             checks = pool.map(self.check, pairs)
             checks = list(tqdm(checks, "checking slices", len(pairs), leave=False, delay=2, disable=hidden))
-        problems = [check for check in checks if isinstance(check, str)]
-        if problems:
-            more = [f"… and {len(problems) - 20} more"] * (len(problems) > 20)
-            raise InputError("; ".join(problems[:20] + more))
+        if problems := [check for check in checks if isinstance(check, str)]:
+            raise InputError("; ".join(problems[:20]) + f"; … and {len(problems) - 20} more" * (len(problems) > 20))
         self.names = [name for (name, *_), _ in pairs]
         self.pairs = [(image[1:], label[1:]) for image, label in pairs]
         self.shapes, digests, looks = map(list, zip(*checks, strict=True)) if checks else ([], [], [])

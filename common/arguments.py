@@ -30,8 +30,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse's, with a script's docstring as its help; raises InputError instead of ending the process."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
+    def __init__(self, doc, **options):
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")

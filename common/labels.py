@@ -6,11 +6,9 @@ In a label white is the interior of a cell and black is membrane. Others are ref
 from pathlib import Path
 
 from common.arguments import InputError
-from common.images import CONVERT, TIFF, list_slices, normalise, read_slice
+from common.images import CONVERT, list_slices, normalise, read_page, read_slice
 
-import cv2
 import numpy as np
-import tifffile
 
 
 def beside(path, given="image", wanted="label"):
@@ -37,45 +35,46 @@ def pair(path, label_path, suffix=""):
 
 
 def read_label(file, page=0, values=None):
-    """One label as float32 (H, W): 1 where it is lighter (interior), 0 where darker (membrane).
+    """One label as float32 (H, W): 1 where it is interior, 0 where membrane.
 
     values: (membrane, interior) of the whole set, from judge(); without them the label's own lowest and highest. Raises
-    InputError for a label that read_grey() refuses, or that has other values.
+    InputError for a label that read_grey() refuses.
     """
     label = read_grey(file, page)
-    low, high = values or (label.min(), label.max())
-    if not ((label == low) | (label == high)).all():
-        raise InputError(f"{file}: has other values than {low:g} and {high:g}, those of the other labels")
-    return (label == high).astype(np.float32)
+    return (label == (values[1] if values else label.max())).astype(np.float32)
 
 
 def read_grey(file, page=0):
     """A label (H, W) of at most two values as it is in the file. Raises InputError for any other, saying what it is."""
-    try:
-        label = read_slice(file, page, cv2.IMREAD_UNCHANGED)
-    except InputError as error:
-        raise InputError(f"{error} (a label of another type: {CONVERT})") from None
-    with open(file, "rb") as start:
-        head = start.read(32)
-    palette = head[25:26] == b"\3" and head[:4] == b"\x89PNG"
-    if head[:4] in TIFF:
-        with tifffile.TiffFile(file, _multifile=False) as tiff:
-            palette = tiff.pages.first.photometric == 3
+    label, palette = read_page(file, page)
     colours = label.reshape(*label.shape[:2], -1)
     transparent = colours.shape[2] == 4 and np.ptp(colours[:, :, 3])
     if palette or transparent or np.ptp(colours[:, :, :3], axis=2).any():
         kind = "a palette" if palette else "transparency" if transparent else "colours"
-        raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} --threshold N")
+        flags = "--threshold N, or --cells where each cell has a colour"
+        raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} {flags}")
     label = colours[:, :, 0]
     if not ((label == label.min()) | (label == label.max())).all():
-        found, counts = np.unique(label, return_counts=True)
-        # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
-        soft = counts[0] + counts[-1] > 0.5 * label.size and label.dtype == np.uint8
-        flag = f"--threshold {(found[0] + found[-1]) / 2:g}" if soft else "--cells"
-        raise InputError(
-            f"{file}: has {len(found)} grey values, a label has two (membrane, interior): {CONVERT} {flag}"
-        )
+        refuse(file, count_values(label))
     return label
+
+
+def count_values(label):
+    """{value: pixels} of an array of integers or floats."""
+    return dict(zip(*(array.tolist() for array in np.unique(label, return_counts=True)), strict=True))
+
+
+def refuse(path, pixels):
+    """Raise InputError for labels that haven't two values, {value: pixels}, with the flags that convert them."""
+    low, high = min(pixels), max(pixels)
+    # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
+    soft = pixels[low] + pixels[high] > 0.5 * sum(pixels.values()) and high <= 255
+    flags = f"--threshold {(low + high) / 2:g}" if soft else "--cells"
+    if len(pixels) < 10:  # what they mean is not ours to guess
+        flags = "--threshold N (interior is above N), or --cells (each number is a cell)"
+    some = ", ".join(f"{value:g}" for value in sorted(pixels)[:6]) + ", …" * (len(pixels) > 6)
+    text = f"{path}: has {len(pixels)} values ({some}), labels have two, membrane and interior"
+    raise InputError(text + f": {CONVERT} {flags}" * (len(pixels) > 2))
 
 
 def read_pair(file, label_file):
@@ -105,9 +104,7 @@ def judge(label_path, looks, where="slices", part=False):
     if part and len(total) == 1 and set(total) <= {0, 1, 255}:
         return 0, max(*total, 1)
     if len(total) != 2:
-        some = ", ".join(f"{value:g}" for value in sorted(total)[:6])
-        way = f": {CONVERT} --{'cells' if len(total) > 6 else 'threshold N'}" if len(total) > 2 else ""
-        raise InputError(f"{label_path}: its labels together have {len(total)} values ({some}), not two{way}")
+        refuse(label_path, {value: pixels for value, (pixels, _) in total.items()})
     (dark_pixels, dark), (pixels, light) = (total[value] for value in sorted(total))
     if pixels < dark_pixels and light / pixels < dark / dark_pixels:
         raise InputError(

@@ -14,13 +14,14 @@ Folders that this script made are replaced as a whole or not at all, your own (n
 """
 
 import hashlib
-import http.client
+import io
 import os
 import shutil
 import sys
 import tempfile
 import urllib.request
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks beside it only
@@ -38,70 +39,59 @@ from tqdm import tqdm
 
 ISBI_URL = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
 TIMEOUT = 30  # seconds without a byte before a download counts as dead
+LARGE = 2**26  # bytes of a stack, which has 8 MB, that are read at most
 BY_HAND = f"download {ISBI_URL} in a browser and pass --source FILE"
 TERMS = """\
 ISBI 2012 is free for generating or testing non-commercial image segmentation software, and not to be redistributed.
 Please cite Cardona et al. 2010, PLoS Biology, doi 10.1371/journal.pbio.1000502, and Arganda-Carreras et al. 2015,
 Frontiers in Neuroanatomy, doi 10.3389/fnana.2015.00142."""
 FALLBACK = "*** ISBI 2012 can't be had from here: this is a SYNTHETIC SAMPLE instead. For real slices see README. ***"
-# Each stack of the archive, the folder that it goes to, and the SHA-256 of its decoded pixels (uint8, 30 x 512 x 512, C
-# order): the same for any compression.
-STACKS = {"train-volume.tif": "train_image", "train-labels.tif": "train_label", "test-volume.tif": "test_image"}
-DIGESTS = {
-    "train-volume.tif": "200da3d452d726e6c9ca1ce04b869d4edb727320d23b516d01cce707dc8c4760",
-    "train-labels.tif": "a7cb64000a1a7e542682927e19c91339f58f9f178e0bcce4e207371116f0ca36",
-    "test-volume.tif": "1b58fa7ec1d0ff9d39a855622db3ff66a97863036339b0d04be51b2f5a99b0e9",
+# Each stack of the archive: the folder that it goes to, and the SHA-256 of its decoded pixels (uint8, 30 x 512 x 512, C
+# order), the same for any compression.
+STACKS = {
+    "train-volume.tif": ("train_image", "200da3d452d726e6c9ca1ce04b869d4edb727320d23b516d01cce707dc8c4760"),
+    "train-labels.tif": ("train_label", "a7cb64000a1a7e542682927e19c91339f58f9f178e0bcce4e207371116f0ca36"),
+    "test-volume.tif": ("test_image", "1b58fa7ec1d0ff9d39a855622db3ff66a97863036339b0d04be51b2f5a99b0e9"),
 }
 ISBI, SAMPLE = "isbi2012", "synthetic sample"  # what source.txt may say
 # What belongs to this script, by source.txt.
-OWNED = {ISBI: (*STACKS.values(), "source.txt"), SAMPLE: (*STACKS.values(), "test_label", "source.txt")}
+OWNED = {ISBI: ("train_image", "train_label", "test_image", "source.txt")}
+OWNED[SAMPLE] = (*OWNED[ISBI][:3], "test_label", "source.txt")
 
 
 def read_source(source):
     """{name: bytes} of the stacks found at a URL, in a zip or in a folder. Raises InputError."""
     try:
+        if os.path.isdir(source):
+            return {name: Path(source, name).read_bytes() for name in STACKS if Path(source, name).exists()}
+        file = source
         if source.lower().startswith(("http://", "https://")):
-            with urllib.request.urlopen(source, timeout=TIMEOUT) as response, tempfile.TemporaryFile() as file:
+            file = io.BytesIO()
+            with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
                 total = int(response.headers.get("Content-Length") or 0) or None
                 with tqdm.wrapattr(response, "read", total, leave=False, disable=None) as body:
                     shutil.copyfileobj(body, file)
-                return read_zip(file)
-        if os.path.isdir(source):
-            return {name: Path(source, name).read_bytes() for name in STACKS if Path(source, name).exists()}
-        with open(source, "rb") as file:
-            return read_zip(file)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"cannot read {source} ({error}); {BY_HAND}") from error
-
-
-def read_zip(file):
-    """{name: bytes} of the stacks in an open zip. Raises ValueError."""
-    try:
         with zipfile.ZipFile(file) as archive:
             # By base name, into memory: a path inside an archive never becomes a path on disk.
             members = {PurePosixPath(name).name: name for name in archive.namelist() if "__MACOSX" not in name}
-            found = {name: members[name] for name in STACKS if name in members}
-            if any(archive.getinfo(member).file_size > 2**26 for member in found.values()):
-                raise ValueError("a stack of 8 MB unpacks to more than 64")
-            return {name: archive.read(member) for name, member in found.items()}
+            return {name: archive.open(members[name]).read(LARGE) for name in STACKS if name in members}
     except Exception as error:  # damaged archives make zipfile raise a dozen unrelated classes
-        raise ValueError(f"not a whole zip archive: {error}") from error
+        raise InputError(f"cannot read {source} ({error}); {BY_HAND}") from error
 
 
 def load_isbi(source):
     """{folder: uint8 (30, 512, 512)}, every digest checked. Raises InputError."""
     files, folders = read_source(source), {}
-    for name, folder in STACKS.items():
-        if name not in files:
-            raise InputError(f"{source} holds no {name}; {BY_HAND}")
+    for name, (folder, digest) in STACKS.items():
         try:
             with quiet_stderr():
-                _, pages = cv2.imdecodemulti(np.frombuffer(files[name], np.uint8), cv2.IMREAD_UNCHANGED)
+                pages = cv2.imdecodemulti(np.frombuffer(files[name], np.uint8), cv2.IMREAD_UNCHANGED)[1]
             folders[folder] = np.stack(pages)
-        except (cv2.error, ValueError) as error:  # ValueError: no page, or pages of unequal size
-            raise InputError(f"{name} in {source} is not a readable TIFF stack; {BY_HAND}") from error
-        if hashlib.sha256(folders[folder].tobytes()).hexdigest() != DIGESTS[name]:
-            raise InputError(f"{name} in {source} is not the one of ISBI 2012; {BY_HAND}")
+            right = hashlib.sha256(folders[folder].tobytes()).hexdigest() == digest
+        except (KeyError, ValueError, cv2.error):  # no such file, no page, pages of unequal size, damage
+            right = False
+        if not right:
+            raise InputError(f"{source} holds no {name}, or not the one of ISBI 2012; {BY_HAND}")
     return folders
 
 
@@ -135,29 +125,20 @@ def write(out, marker, folders):
         (stage / "source.txt").write_text(marker + "\n")
         moves = [(out / name, stage / "old" / name) for name in list_own(out, marker)]
         moves += [(stage / name, out / name) for name in reversed(OWNED[marker])]
-        try:
+        with ExitStack() as undo:
             for here, there in moves:
                 os.rename(here, there)
-        except BaseException:
-            for here, there in reversed(moves):
-                if not os.path.lexists(here):  # it has moved
-                    os.rename(there, here)
-            raise
+                undo.callback(os.rename, there, here)
+            undo.pop_all()  # all have moved
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if made and not any(out.iterdir()):
             out.rmdir()
 
 
-def command_parser(doc, prog):
-    parser = Parser(doc)
-    parser.prog = prog
-    return parser
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=command_parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, doc in (
         ("isbi", "Download, check and unpack ISBI 2012."),
         ("sample", "Make a small synthetic data set."),

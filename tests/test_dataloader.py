@@ -1,9 +1,15 @@
 """Reading, pairing and augmenting slices: python3 -m pytest tests/test_dataloader.py"""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import dataloader
 from common.arguments import InputError
 from common.images import list_slices, normalise, read_slice
-from conftest import write_pairs
+from conftest import ROOT, SMALL, one_line, write_pairs
 from dataloader import AUGMENTATIONS, SelfDataSet, augment, border_weights
 
 import cv2
@@ -51,7 +57,7 @@ def test_every_problem_is_listed(slices, tmp_path):
     with pytest.raises(InputError) as caught:
         SelfDataSet(slices)
     problems = sorted(str(caught.value).split("; "), key=lambda problem: problem.partition(".png")[0][-1])
-    said = ("no label", "can't be read", "(40, 64)", "3 grey values", "can't be read", "has colours")
+    said = ("no label", "can't be read", "(40, 64)", "3 values", "can't be read", "has colours")
     for i, (problem, phrase) in enumerate(zip(problems, said, strict=True)):
         assert f"/{i}.png: " in problem and phrase in problem
 
@@ -194,3 +200,25 @@ def test_border_weights_take_bounded_memory(slices, monkeypatch):
     assert 2 <= len(bounded.weights) < 6  # each of up to 4 threads may keep one at the bound
     for i in range(6):
         np.testing.assert_array_equal(kept[i][2], bounded[i][2])
+
+
+@pytest.mark.parametrize("how", ["no room", "killed"])
+def test_a_lost_worker_ends_the_run(how, slices, tmp_path):
+    """Batches that don't fit into /dev/shm, or a worker that is killed: one line, no waiting for ever."""
+    private = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*private, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    size = "size=64k" if how == "no room" else "size=64m"
+    mount = ["sh", "-c", f'mount -t tmpfs -o {size} tmpfs /dev/shm && exec "$@"', "sh"]
+    command = [sys.executable, ROOT / "TrainUnetDataSet.py", *SMALL, "--epochs", "100000", "--num_workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*private, *mount, *command], cwd=tmp_path, **pipes) as process:
+        if how == "killed":
+            while "epoch: 1 " not in process.stdout.readline():
+                assert process.poll() is None
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not (workers := children.read_text().split()):
+                pass
+            os.kill(int(workers[0]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and one_line(errors) and "pass --num_workers 0" in errors, errors

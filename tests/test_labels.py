@@ -54,7 +54,7 @@ def coloured(i, interior):
 KINDS = {
     "white membranes": (lambda i, a: np.uint8(255) * ~a, ".png", "--membrane white", "--membrane white"),
     "white as 1": (lambda i, a: (~a).astype(np.uint16), ".tif", "--membrane white", "--membrane white"),
-    "bool": (lambda i, a: a, ".tif", "labels SOURCE OUT", ""),
+    "bool and white": (lambda i, a: ~a, ".tif", "--membrane white", "--membrane white"),
     "soft": (soft, ".png", "--threshold 127.5", "--threshold 127.5"),
     "jpeg": (lambda i, a: np.uint8(255) * a, ".jpg", "--threshold 1", "--threshold 127"),
     "soft and white": (
@@ -65,9 +65,10 @@ KINDS = {
     ),
     "cells": (lambda i, a: cells_of(a).astype(np.uint16) * 7, ".png", "--cells", "--cells"),
     "cells that touch": (touching, ".png", "--cells", "--cells"),
-    "three classes": (lambda i, a: np.uint8(255 if i < 3 else 128) * a, ".png", "have 3 values", None),
-    "uint32": (lambda i, a: a.astype(np.uint32), ".tif", "prepare.py labels", ""),
-    "int64 cells": (lambda i, a: cells_of(a).astype(np.int64) + (1 << 40) * a, ".tif", "prepare.py labels", "--cells"),
+    "three classes": (lambda i, a: np.uint8(255 if i < 3 else 128) * a, ".png", "has 3 values", None),
+    "int64 cells": (lambda i, a: cells_of(a).astype(np.int64) + (1 << 40) * a, ".tif", "--cells", "--cells"),
+    "soft floats": (lambda i, a: soft(i, a).astype(np.float32) / 255, ".tif", "--threshold 0.5", "--threshold 0.5"),
+    "two ids a tile": (lambda i, a: np.where(a, 1000 + i, 2000 + i).astype(np.uint16), ".png", "has 12 values", None),
     "colours": (coloured, ".png", "has colours", None),
     "one value": (lambda i, a: np.full(a.shape, 255, np.uint8), ".png", "1 values (255)", None),
 }
@@ -97,6 +98,44 @@ def test_each_kind_is_refused_and_can_be_converted(kind, slices):
         else:
             assert (found == interior).mean() > (0.96 if "soft" in kind or kind == "jpeg" else 0.999)
     assert {file: file.read_bytes() for file in labels.iterdir()} == before
+
+
+RIGHT = {
+    "bool": (lambda a: a, {}),  # which tifffile stores as 0 for white
+    "0 for white": (lambda a: np.uint8(255) * ~a, {"photometric": "miniswhite", "software": "Fiji"}),
+    "uint32": (lambda a: a.astype(np.uint32), {}),
+    "int64, 1 and 2": (lambda a: a + np.int64(1), {}),
+    "floats": (lambda a: a.astype(np.float64), {}),
+    "colours that are grey": (lambda a: np.repeat(np.uint8(200) * a[..., None], 3, -1), {"photometric": "rgb"}),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_right_labels_of_any_type_are_read(kind, slices):
+    """As the program that wrote them reads them, in a folder or as a stack."""
+    labels = slices.with_name("train_label")
+    expected = [read_label(labels / f"{i}.png") for i in range(6)]
+    change, options = RIGHT[kind]
+    written = [change(label > 0) for label in expected]
+    tifffile.imwrite(slices.with_name("stack.tif"), np.stack(written), **options)
+    for i, label in enumerate(written):
+        (labels / f"{i}.png").unlink()
+        tifffile.imwrite(labels / f"{i}.tif", label, **options)
+    for path in (labels, slices.with_name("stack.tif")):
+        np.testing.assert_array_equal([label[0] for _, label in SelfDataSet(slices, path)], expected)
+
+
+def test_white_membranes_of_a_stack(slices):
+    """A stack of labels is judged as a folder is, and its command converts it."""
+    labels = slices.with_name("train_label")
+    expected = [read_label(labels / f"{i}.png") for i in range(6)]
+    tifffile.imwrite(slices.with_name("white.tif"), np.uint8(1) - np.array(expected, np.uint8))
+    with pytest.raises(InputError, match=r"labels .*white\.tif OUT --membrane white"):
+        SelfDataSet(slices, slices.with_name("white.tif"))
+    done = run_inside("data/prepare.py", "labels", "white.tif", "made", "--membrane", "white", cwd=slices.parent)
+    assert done.returncode == 0, done.stderr
+    made = SelfDataSet(slices, slices.with_name("made"))
+    np.testing.assert_array_equal([label[0] for _, label in made], expected)
 
 
 def test_labels_of_one_value_are_labels(slices):

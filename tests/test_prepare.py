@@ -80,7 +80,7 @@ def tiny(tmp_path_factory):
         for name in STACKS:
             archive.write(base / "folder" / name, f"ISBI/{name}")
             archive.writestr(f"__MACOSX/ISBI/{name}", b"not this one")
-    digests = {name: hashlib.sha256(stack.tobytes()).hexdigest() for name, stack in stacks.items()}
+    digests = {name: (STACKS[name], hashlib.sha256(stack.tobytes()).hexdigest()) for name, stack in stacks.items()}
     return base, stacks, digests
 
 
@@ -116,7 +116,7 @@ def server(tiny):
 @pytest.fixture
 def prepare(tiny, monkeypatch):
     """The script as a module that takes the tiny archive for ISBI 2012."""
-    monkeypatch.setattr(prepare_module, "DIGESTS", tiny[2])
+    monkeypatch.setattr(prepare_module, "STACKS", tiny[2])
     return prepare_module
 
 
@@ -156,7 +156,7 @@ def test_isbi_from_any_source(kind, tiny, server, out):
     """`prepare.py isbi` takes a URL, a zip or a folder, and takes the place of the sample."""
     base, stacks, digests = tiny
     source = f"{server}/tiny.zip" if kind == "url" else base / kind
-    done = run("isbi", "--source", source, "--out", out, DIGESTS=digests)
+    done = run("isbi", "--source", source, "--out", out, STACKS=digests)
     assert (done.returncode, done.stderr) == (0, "")
     assert "non-commercial" in done.stdout
     assert "10.1371/journal.pbio.1000502" in done.stdout
@@ -167,10 +167,10 @@ def test_isbi_from_any_source(kind, tiny, server, out):
 FAILURES = {
     "not found": ("{server}/nothing.zip", "404"),
     "connection refused": ("http://127.0.0.1:1/x.zip", "refused"),
-    "body breaks off": ("{server}/short.zip", "not a whole zip"),
+    "body breaks off": ("{server}/short.zip", "zip file"),
     "server never answers": ("{server}/hang", "timed out"),
-    "zip breaks off": ("{tmp}/half.zip", "not a whole zip"),
-    "zip damaged inside": ("{tmp}/damaged.zip", "not a whole zip"),
+    "zip breaks off": ("{tmp}/half.zip", "zip file"),
+    "zip damaged inside": ("{tmp}/damaged.zip", "decompressing"),
     "other pixels": ("{tmp}/other.zip", "train-labels.tif"),
     "stack missing": ("{tmp}/missing", "test-volume.tif"),
     "not a TIFF": ("{tmp}/html", "train-volume.tif"),
@@ -189,7 +189,7 @@ def test_isbi_failure_is_one_line_and_changes_nothing(failure, tiny, server, out
     (tmp_path / "damaged.zip").write_bytes(body[:data] + b"\xff" + body[data + 1 :])
     (tmp_path / "other.zip").write_bytes(body)
     if failure == "other pixels":
-        digests = {**digests, "train-labels.tif": "0" * 64}
+        digests = {**digests, "train-labels.tif": ("train_label", "0" * 64)}
     for name in ("missing", "html", "damaged"):
         shutil.copytree(base / "folder", tmp_path / name)
     (tmp_path / "missing" / "test-volume.tif").unlink()
@@ -201,7 +201,7 @@ def test_isbi_failure_is_one_line_and_changes_nothing(failure, tiny, server, out
     source, said = FAILURES[failure]
     source = source.format(server=server, tmp=tmp_path)
     before = tree(tmp_path)
-    done = run("isbi", "--source", source, "--out", out, DIGESTS=digests, TIMEOUT=1)
+    done = run("isbi", "--source", source, "--out", out, STACKS=digests, TIMEOUT=1)
     assert done.returncode == 2
     assert one_line(done.stderr), done.stderr
     assert source in done.stderr and said in done.stderr and "--source FILE" in done.stderr
@@ -221,7 +221,7 @@ def test_full_disk_changes_nothing(tiny, out, tmp_path):
     ):
         done = run(
             *("isbi", "--source", source, "--out", target),
-            DIGESTS=digests,
+            STACKS=digests,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
         )
         assert done.returncode == 2
@@ -257,7 +257,7 @@ def test_killed_anywhere_a_rerun_repairs(prepare, tiny, out, tmp_path):
         data = tmp_path / f"data{step}"
         shutil.copytree(out, data)
         args = ["isbi", "--source", str(base / "folder"), "--out", str(data)]
-        killed = run(*args, DIGESTS=digests, kill=step)
+        killed = run(*args, STACKS=digests, kill=step)
         if (data / "train_image").exists():  # what train.sh looks at
             assert (data / "source.txt").exists()
             left = {k: v for k, v in tree(data).items() if not k.startswith(".preparing")}
@@ -298,7 +298,7 @@ def test_one_run_at_a_time(prepare, tiny, out):
     prepare.main(["isbi", "--source", str(tiny[0] / "folder"), "--out", str(out)])
     assert not list(out.glob(".*"))
     before = tree(out)
-    done = run("isbi", "--source", tiny[0] / "folder", "--out", out, DIGESTS=tiny[2])  # this process holds the lock
+    done = run("isbi", "--source", tiny[0] / "folder", "--out", out, STACKS=tiny[2])  # this process holds the lock
     assert done.returncode == 2 and one_line(done.stderr) and str(out) in done.stderr
     assert tree(out) == before
 

@@ -105,6 +105,23 @@ def test_paths_are_those_where_the_user_stands(copy, tmp_path):
     assert {path for path in copy.rglob("*.*") if path.suffix != ".pyc"} == before
 
 
+def test_an_odd_machine(copy, tmp_path):
+    """A read-only repository, no HOME, a notebook's backend, a number of threads that is none: train.sh works."""
+    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    if subprocess.run([*private, mount, copy, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    write_pairs(tmp_path / "data", 2)
+    env = {name: text for name, text in os.environ.items() if name != "HOME"}
+    env |= {"OMP_NUM_THREADS": "abc", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [*private, mount, copy, "bash", copy / "train.sh", *SMALL, "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "epoch: 1 " in done.stdout, done.stderr
+    assert (tmp_path / "loss.png").exists() and "Traceback" not in done.stderr
+    done = subprocess.run([*private, mount, copy, "bash", copy / "train.sh"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 2 and one_line(done.stderr) and "Read-only" in done.stderr
+
+
 def test_a_ready_environment_is_quick(copy):
     """Sourcing env.sh again says nothing, makes nothing and leaves the shell's options alone."""
     done = bash("-c", 'source env.sh && echo "$- $(command -v python3)"', cwd=copy)
