@@ -137,10 +137,10 @@ def main():
         tags |= {"resolution": (1e7 / args.pixel_size, 1e7 / args.pixel_size), "resolutionunit": "CENTIMETER"}
     said, tables, cells = [], [], None
     start.keep(f"the slices finished so far are in {folder}")
-    with ExitStack() as opened:
+    with ExitStack() as opened:  # stacks are written whole or not at all
         big = 4 * len(slices) * read_slice(*slices[0][1:]).size > 2**32 - 2**25  # a plain TIFF's offsets end at 4 GB
-        files = [opened.enter_context(write_whole(path)) for path in stacks]
-        writers = [opened.enter_context(TiffWriter(file, bigtiff=big)) for file in files]
+        enter = opened.enter_context
+        writers = [enter(TiffWriter(enter(write_whole(path)), bigtiff=big)) for path in stacks]
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)
             probability = predict(nets, image, place, tile=args.tile, tta=args.tta, mirror=args.mirror, scale=scale)
@@ -155,13 +155,11 @@ def main():
             write_pictures(folder / name, image, probability, mask, cells, args.overlay == "outline", args.pixel_size)
             for writer, values in zip(writers, (probability, cells), strict=False):
                 writer.write(values, **tags)
-    names = ["NAME_prob.png", "NAME_mask.png", "NAME_overlay.png", *map(str, stacks)]
-    said.append(f"{len(slices)} slices: {folder}/{', '.join(names)}")
+    said += [f"{len(slices)} slices: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png", *map(str, stacks)]
     if args.cells:
         write_table(folder / "cells.csv", tables)
         count = sum(len(columns["cell"]) for columns in tables)
-        mean = f"{count} cells of {smallest} pixels or more, {count / len(slices):.1f} a slice"
-        said.append(f"{mean}: {folder}/cells.csv, NAME_cells.png, NAME_colours.png")
+        said += [f"{count} cells of {smallest} pixels or more, {count / len(slices):.1f} a slice: {folder}/cells.csv"]
     elif any((folder / f"{name}_cells.png").exists() for name, *_ in slices):
         said.append(f"{folder}/NAME_cells.png, NAME_colours.png and cells.csv are older; --cells makes them anew")
     print("\n".join(said))

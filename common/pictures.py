@@ -11,13 +11,13 @@ from skimage.segmentation import find_boundaries
 ORANGE = (0, 140, 255)  # blue, green, red, as OpenCV has it
 
 
-def paint(image, colours, where):
-    """Slice (H, W) of any depth -> uint8 (H, W, 3), half covered by the colours at `where`.
+def paint(image, colours, where, share=0.5):
+    """Slice (H, W) of any depth -> uint8 (H, W, 3), covered by the colours at `where`, half or to another share.
 
     colours: (3,) or (H, W, 3), blue, green, red, from 0 to 255. where: (H, W), bool.
     """
     picture = np.repeat(255 * stretch(image)[:, :, None], 3, axis=2)
-    picture[where] = (0.5 * picture + 0.5 * np.float32(colours))[where]
+    picture[where] = ((1 - share) * picture + share * np.float32(colours))[where]
     return picture.astype(np.uint8)
 
 
@@ -37,10 +37,10 @@ def colour_cells(cells):
 
 def draw_scale_bar(picture, pixel_size):
     """Draw a bar of a round length, a quarter of the width at most, into a uint8 (H, W, 3); pixel_size: in nm."""
-    most, thick = picture.shape[1] * pixel_size / 4, max(1, min(picture.shape[:2]) // 250)
+    most, thick = picture.shape[1] * pixel_size / 4, max(1, min(picture.shape[:2]) // 400)
     power = 10.0 ** math.floor(math.log10(most))
     length = power * max(digit for digit in (1, 2, 5) if digit * power <= most)
-    x, y = 6 * thick, picture.shape[0] - 6 * thick
+    x, y = 10 * thick, picture.shape[0] - 10 * thick
     for colour, width in (((0, 0, 0), 4 * thick), ((255, 255, 255), 2 * thick)):
         cv2.line(picture, (x, y), (x + round(length / pixel_size), y), colour, width)
         cv2.putText(picture, f"{length:g} nm", (x, y - 5 * thick), cv2.FONT_HERSHEY_SIMPLEX, thick / 2, colour, width)
@@ -53,7 +53,8 @@ def write_pictures(path, image, probability, mask, cells=None, outline=False, pi
     uint16. outline: draw where the mask ends, not all membrane. pixel_size: in nm, for a scale bar. Raises OSError.
     """
     pictures = {"prob": np.rint(probability * 255).astype(np.uint8), "mask": np.uint8(255) * mask}
-    pictures["overlay"] = paint(image, ORANGE, find_boundaries(mask) if outline else ~mask)
+    where, share = (find_boundaries(mask), 1) if outline else (~mask, 0.5)
+    pictures["overlay"] = paint(image, ORANGE, where, share)
     if pixel_size:
         draw_scale_bar(pictures["overlay"], pixel_size)
     if cells is not None:

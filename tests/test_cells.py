@@ -153,5 +153,5 @@ def test_outline_and_scale_bar(tmp_path):
     write_pictures(tmp_path / "a", image, mask * 1.0, mask, outline=True, pixel_size=4)
     drawn = (cv2.imread(str(tmp_path / "a_overlay.png")) != outline).any(2)
     assert drawn.any() and not drawn[:60].any() and not drawn[:, 90:].any()
-    length = drawn[81:].sum(1).max()  # 120 pixels of 4 nm: 100 nm, in 25 pixels, with a rim
+    length = drawn[77:].sum(1).max()  # 120 pixels of 4 nm: 100 nm, in 25 pixels, with a rim
     assert 25 <= length <= 31
