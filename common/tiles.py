@@ -27,7 +27,7 @@ def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0, scale=
     nets: a net in eval mode on the device, or several, whose probabilities are averaged. tile: sides over so many
     pixels are cut, 0: none. No seams: a tile's margin holds all that its middle depends on (a bilinear net's depends a
     little on the tile's size, too). tta: average over the 8 symmetries of the square. mirror: continue the slice by so
-    many mirrored pixels on each side, a multiple of 16, as in the paper. scale: the slice is resampled by it, the result
+    many mirrored pixels on each side, a multiple of 16, as in the paper. scale: the slice is resampled by it, its P
     back. Padding at the slice's edges, see find_border, gets 0. Raises InputError where the weights lead to no number.
     """
     nets = nets if isinstance(nets, list | tuple) else [nets]
