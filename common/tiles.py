@@ -9,7 +9,9 @@ import math
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common.arguments import InputError
 from common.images import find_border, normalise
+from unet import MIN_SIDE
 
+import cv2
 import numpy as np
 import oneflow as flow
 
@@ -19,19 +21,24 @@ MARGIN = 96
 TILE = 1440  # pixels a side, by default: what margins add to a slice is a third at most, and memory stays bounded
 
 
-def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0):
+def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0, scale=1):
     """Raw slice (H, W) of any depth, 16 pixels a side or more -> P(interior) (H, W), float32 in [0, 1].
 
     nets: a net in eval mode on the device, or several, whose probabilities are averaged. tile: sides over so many
     pixels are cut, 0: none. No seams: a tile's margin holds all that its middle depends on (a bilinear net's depends a
     little on the tile's size, too). tta: average over the 8 symmetries of the square. mirror: continue the slice by so
-    many mirrored pixels on each side, a multiple of 16, as in the paper. Padding at the slice's edges, see find_border,
-    gets 0. Raises InputError where the weights lead to no number.
+    many mirrored pixels on each side, a multiple of 16, as in the paper. scale: the slice is resampled by it, its P
+    back. Padding at the slice's edges, see find_border, gets 0. Raises InputError where the weights lead to no number.
     """
     nets = nets if isinstance(nets, list | tuple) else [nets]
     border, whole = find_border(image), np.zeros(image.shape, np.float32)
-    window = tuple(span(~border.all(axis)) for axis in (1, 0))  # so that a frame changes nothing of what is in it
-    seen = np.pad(normalise(image, border)[window], mirror, mode="reflect")
+    if border.all():
+        return whole
+    left, top, width, height = cv2.boundingRect((~border).astype(np.uint8))
+    window = np.s_[top : top + height, left : left + width]  # so that a frame changes nothing of what is in it
+    sides = [max(MIN_SIDE, round(scale * side)) for side in (height, width)]
+    tissue, padding = resample(image[window], sides), resample(border[window], sides)
+    seen = np.pad(normalise(tissue, padding > 0), mirror, mode="reflect")
     total = np.zeros(seen.shape, np.float32)
     views = [(turns, flip) for turns in range(4) for flip in (1, -1)] if tta else [(0, 1)]
     for net in nets:
@@ -39,16 +46,17 @@ def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0):
             result = predict_tiles(net, np.rot90(seen, turns)[:, ::flip], device, tile)
             total += np.rot90(result[:, ::flip], -turns)
     middle = np.s_[mirror : seen.shape[0] - mirror, mirror : seen.shape[1] - mirror]
-    whole[window] = total[middle] / (len(nets) * len(views))
+    whole[window] = resample(total[middle] / (len(nets) * len(views)), (height, width))
     whole[border] = 0
     return whole
 
 
-def span(used):
-    """The Python slice, 16 pixels long at least, of the rows or columns from the first to the last one in use."""
-    first, *_, last = np.flatnonzero(used).tolist() * 2 or (0, 0)
-    first = max(0, min(first, len(used) - 16))
-    return slice(first, max(last + 1, min(first + 16, len(used))))
+def resample(array, sides):
+    """Array (H, W) -> one of these sides, float64; the array itself where it has them."""
+    if array.shape == tuple(sides):
+        return array
+    way = cv2.INTER_AREA if sides[0] < len(array) else cv2.INTER_LINEAR
+    return cv2.resize(array.astype(np.float64), sides[::-1], interpolation=way)
 
 
 def predict_tiles(net, image, device, tile=TILE):

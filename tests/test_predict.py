@@ -11,8 +11,7 @@ from common import checkpoint, tiles
 from common.arguments import InputError
 from common.begin import pick
 from common.images import normalise, read_slice
-from common.pictures import write_pictures
-from conftest import ROOT, one_line, script, train, write_pairs
+from conftest import ROOT, launch, one_line, release, script, train, write_pairs
 from inside import run_inside
 from unet import UNet
 
@@ -68,38 +67,6 @@ def test_files_and_values(trained):
         label = read_slice(trained / f"new/train_label/{i}.png")
         errors.append(np.mean(images["mask"] != label))
     assert np.mean(errors) < 0.1  # slices that it was not trained on, and of another size
-
-
-def test_cells(trained):
-    """--cells numbers 4-connected cells that lines of a pixel part, and colours them."""
-    given = ("--Test_Data_path", "new/train_image", "--save_res_path", "cells")
-    done = predict(*given, "--cells", cwd=trained)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    for i in range(12):
-        kinds = ("mask", "cells", "colours")
-        mask, cells, colours = (cv2.imread(str(trained / f"cells/{i}_{kind}.png"), -1) for kind in kinds)
-        assert cells.dtype == np.uint16 and colours.shape == (50, 70, 3)
-        interior, count = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=4)[::-1]
-        assert cells.max() == count - 1  # each of the mask's cells, grown
-        for cell in range(1, count):
-            assert len(np.unique(cells[interior == cell])) == 1
-        for axis in (0, 1):
-            one, other = (np.delete(cells, end, axis) for end in (0, -1))
-            assert not ((one != other) & (one > 0) & (other > 0)).any()
-        grey = colours.max(2).astype(int) - colours.min(2) == 0
-        assert grey[mask == 0].all() and not grey[mask > 0].any()
-    assert "older" not in done.stdout
-    assert "NAME_cells.png and NAME_colours.png are older" in predict(*given, cwd=trained).stdout
-
-
-def test_no_cell_where_there_is_no_interior(tmp_path):
-    """All membrane: no cell has a number, nothing is coloured."""
-    noise = np.random.default_rng(0).integers(0, 255, (40, 50)).astype(np.uint8)
-    odd = write_pictures(tmp_path / "a", noise, np.zeros((40, 50)), 0.5, True)
-    assert odd == [f"{tmp_path}/a_mask.png is all membrane"]
-    assert not cv2.imread(str(tmp_path / "a_cells.png"), -1).any()
-    colours = cv2.imread(str(tmp_path / "a_colours.png"))
-    assert (colours == colours[:, :, :1]).all()
 
 
 def test_interrupting_leaves_whole_files_only(trained):
@@ -305,6 +272,10 @@ def test_bad_input_is_one_line(trained):
         (("--amp", "on", "--cpu_kernels", "off"), "--amp"),
         (("--save_res_path", "new/train_image"), "--save_res_path"),
         (("--save_res_path", "file"), "file"),
+        (("--pixel_size", "0"), "--pixel_size"),
+        (("--pixel_size", "0.4"), "the 4 nm that the weights know"),
+        (("--pixel_size", "0.7"), "0.png: a side is under 16 pixels"),
+        (("--min_cell", "-1"), "--min_cell"),
     )
     for flags, said in cases:
         given = {"--Test_Data_path": "new/train_image", "--save_res_path": "d"}
@@ -334,8 +305,41 @@ def test_what_weights_are_used_is_said(trained, tmp_path):
 
 def test_a_launchers_variables_are_no_matter(trained):
     """In a pod or a shell that sets WORLD_SIZE, prediction is one process as ever."""
-    for variables in ({"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": ""}):
+    for variables in ({"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
         env = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
         given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "w")
         done = script("predict_unet_test.py", "--device", "cpu", *given, cwd=trained, env=env, timeout=60)
         assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_under_a_launcher_it_is_refused(trained):
+    """Two processes would predict everything twice: one of them says in one line what to do instead."""
+    done = launch("predict_unet_test.py", "--Test_Data_path", "new/train_image", "--save_res_path", "l", cwd=trained)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("predict_unet_test.py")]
+    assert done.returncode and len(ours) == 1 and "without the launcher" in ours[0], done.stderr
+    assert not (trained / "l").exists()
+
+
+def test_two_predictions_into_one_folder(trained):
+    """The second one is refused, while the first one is at work."""
+    given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "t")
+    assert predict(*given, cwd=trained).returncode == 0
+    done = script("predict_unet_test.py", "--device", "cpu", *given, cwd=trained)
+    assert done.returncode == 2 and one_line(done.stderr) and "another run writes there" in done.stderr
+    release()
+
+
+def test_pixel_size(trained):
+    """Slices of other pixels are resampled to the weights' and back: enlarged, they are predicted as they were."""
+    wrong = []
+    (trained / "large").mkdir()
+    for i in range(12):
+        image = read_slice(trained / f"new/train_image/{i}.png")
+        cv2.imwrite(str(trained / f"large/{i}.png"), cv2.resize(image, (210, 150), interpolation=cv2.INTER_CUBIC))
+    for flags in (("--pixel_size", 4 / 3), ()):
+        done = predict("--Test_Data_path", "large", "--save_res_path", "p", *flags, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        for i in range(12):
+            label = read_slice(trained / f"new/train_label/{i}.png").repeat(3, 0).repeat(3, 1)
+            wrong.append((read_slice(trained / f"p/{i}_mask.png") != label).mean())
+    assert np.mean(wrong[:12]) < 0.1 < np.mean(wrong[12:])

@@ -1,0 +1,157 @@
+"""Cells, their table and their pictures: python3 -m pytest tests/test_cells.py"""
+
+import csv
+
+import predict_unet_test
+from common import checkpoint
+from common.cells import find_cells
+from common.images import read_slice
+from common.pictures import write_pictures
+from conftest import release
+from inside import run_inside
+from unet import UNet
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+
+@pytest.fixture
+def predict(tmp_path, monkeypatch):
+    """Runs predict_unet_test.py on the folder in/, with a net that takes brightness for P(interior)."""
+    net = UNet(1, 1, bilinear=False, base_channels=2)
+    tensors = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    checkpoint.write(tmp_path / "w.safetensors", tensors, {"model": {}, "pixel_size": 5.0})
+    monkeypatch.setattr(predict_unet_test, "predict", lambda nets, image, *_, **__: np.float32(image / 255))
+    (tmp_path / "in").mkdir()
+    given = ("--device", "cpu", "--checkpoint", "w.safetensors", "--Test_Data_path", "in", "--save_res_path", "out")
+    yield lambda *flags: run_inside("predict_unet_test.py", *given, *flags, cwd=tmp_path)
+    release()
+
+
+def draw(path, speck=True, frame=0):
+    """Write a slice of cells on the left, on the right and in the middle, and a speck; a black frame of some pixels."""
+    image = np.full((90, 120), 200, np.uint8)
+    image[:, 90:93] = 30
+    for top, bottom, left, right in ((20, 60, 30, 70), *[(70, 77, 10, 17)] * speck):
+        image[top : bottom + 1, left : right + 1] = 30
+        image[top + 3 : bottom - 2, left + 3 : right - 2] = 200
+    image += np.random.default_rng(0).integers(0, 20, image.shape).astype(np.uint8)  # one value would be padding
+    image = np.pad(image, frame)
+    cv2.imwrite(str(path), image)
+    return image > 127
+
+
+def table_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_table_colours_and_stack_agree(predict, tmp_path):
+    """One set of cells, numbered from 1 on, without specks; each row of cells.csv is what NAME_cells.png holds."""
+    masks = {"0,a": draw(tmp_path / "in/0,a.png"), "1": draw(tmp_path / "in/1.png", speck=False)}
+    for flags, expected in (((), (3, 3)), (("--min_cell", 0, "--pixel_size", 2.5), (4, 3))):
+        done = predict("--cells", "--stack", "s.tif", "--min_cell", 9, *flags)
+        assert done.returncode == 0 and f"{sum(expected)} cells of " in done.stdout, done.stdout
+        rows, stack = table_of(tmp_path / "out/cells.csv"), tifffile.imread(tmp_path / "s_cells.tif")
+        assert stack.dtype == np.uint16
+        for page, (name, mask) in enumerate(masks.items()):
+            cells, colours = (cv2.imread(str(tmp_path / f"out/{name}_{kind}.png"), -1) for kind in ("cells", "colours"))
+            mine = [row for row in rows if row["slice"] == name]
+            assert [int(row["cell"]) for row in mine] == list(range(1, expected[page] + 1)) == [*np.unique(cells)][1:]
+            np.testing.assert_array_equal(stack[page], cells)
+            painted = colours.max(2) > colours.min(2)
+            np.testing.assert_array_equal(painted, mask & (cells > 0))
+            assert np.count_nonzero(mask & (cells == 0)) == (4 if expected[page] == 3 and page == 0 else 0)
+            for row in mine:
+                where = np.argwhere(cells == int(row["cell"]))
+                assert int(row["area"]) == len(where)
+                assert ("area_nm2" in row) == bool(flags) and float(row.get("area_nm2", 0)) in (0, 6.25 * len(where))
+                centroid = float(row["centroid_row"]), float(row["centroid_column"])
+                np.testing.assert_allclose(centroid, where.mean(0), atol=0.051)
+                edge = ((where == 0) | (where == np.subtract(cells.shape, 1))).any()
+                assert int(row["touches_edge"]) == edge
+            assert {row["touches_edge"] for row in mine} == {"0", "1"}
+    with tifffile.TiffFile(tmp_path / "s_cells.tif") as tiff:  # pixels a centimetre
+        assert {page.get_resolution("centimeter") for page in tiff.pages} == {(4e6, 4e6)}
+    assert "NAME_colours.png and cells.csv are older" in predict().stdout
+
+
+def test_the_default_is_of_the_weights_pixels(predict, tmp_path):
+    """What a speck is doesn't depend on the slices' pixels where these are said."""
+    draw(tmp_path / "in/0.png")
+    for flags, pixels in (((), 150), (("--pixel_size", 2.5), 600), (("--pixel_size", 10), 38)):
+        assert f" cells of {pixels} pixels or more" in predict("--cells", *flags).stdout
+
+
+def test_cells_end_at_padding(predict, tmp_path):
+    """No number in a frame; a cell that the frame cuts touches the edge, one within doesn't."""
+    draw(tmp_path / "in/0.png", frame=20)
+    assert predict("--cells").returncode == 0
+    cells = cv2.imread(str(tmp_path / "out/0_cells.png"), -1)
+    inner = cells[20:-20, 20:-20]
+    assert (inner > 0).sum() == (cells > 0).sum()
+    touching = [int(row["touches_edge"]) for row in table_of(tmp_path / "out/cells.csv")]
+    edge = np.concatenate((inner[0], inner[-1], inner[:, 0], inner[:, -1]))
+    assert touching == [int(cell in edge) for cell in (1, 2, 3)] and sum(touching) == 2
+
+
+def test_nothing_half_written(predict, tmp_path, monkeypatch):
+    """Where a slice fails neither the table nor a stack is there, nor a part of them."""
+    draw(tmp_path / "in/0.png")
+    draw(tmp_path / "in/1.png")
+
+    def fail(path, *args):
+        if path.name == "1":
+            raise FloatingPointError
+
+    monkeypatch.setattr(predict_unet_test, "write_pictures", fail)
+    with pytest.raises(FloatingPointError):
+        predict("--cells", "--stack", "out/s.tif")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_cell_where_there_is_no_interior(predict, tmp_path):
+    """All membrane: no cell has a number, nothing is coloured, the table is its header."""
+    noise = np.random.default_rng(0).integers(0, 100, (40, 50)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "in/a.png"), noise)
+    done = predict("--cells", "--min_cell", 0)
+    assert "a_mask.png is all membrane" in done.stdout and "0 cells of " in done.stdout
+    assert not cv2.imread(str(tmp_path / "out/a_cells.png"), -1).any()
+    colours = cv2.imread(str(tmp_path / "out/a_colours.png"))
+    assert (colours == colours[:, :, :1]).all()
+    assert (tmp_path / "out/cells.csv").read_text().count("\n") == 1
+
+
+def test_cells_are_those_that_lines_part():
+    """4-connected cells of a ragged mask are numbered each, and lines of a pixel part the numbers."""
+    noise = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(80, 100)), (0, 0), 2)
+    mask = noise > -0.02
+    cells = find_cells(noise, mask, 0)
+    count, interior = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    assert cells.dtype == np.uint16 and cells.max() == count - 1 > 5
+    for cell in range(1, count):
+        assert len(np.unique(cells[interior == cell])) == 1
+    for axis in (0, 1):
+        one, other = (np.delete(cells, end, axis) for end in (0, -1))
+        assert not ((one != other) & (one > 0) & (other > 0)).any()
+
+
+def test_outline_and_scale_bar(tmp_path):
+    """The outline is a line of two pixels where the mask ends; the bar is as long as it says."""
+    mask = draw(tmp_path / "slice.png")
+    image = read_slice(tmp_path / "slice.png")
+    write_pictures(tmp_path / "a", image, mask * 1.0, mask, outline=True)
+    outline = cv2.imread(str(tmp_path / "a_overlay.png"))
+    ends = np.zeros(mask.shape, bool)
+    for axis in (0, 1):
+        change = np.diff(mask, axis=axis)
+        ends |= np.insert(change, 0, False, axis) | np.insert(change, change.shape[axis], False, axis)
+    np.testing.assert_array_equal(outline.max(2) > outline.min(2), ends)
+
+    write_pictures(tmp_path / "a", image, mask * 1.0, mask, outline=True, pixel_size=4)
+    drawn = (cv2.imread(str(tmp_path / "a_overlay.png")) != outline).any(2)
+    assert drawn.any() and not drawn[:60].any() and not drawn[:, 90:].any()
+    length = drawn[77:].sum(1).max()  # 120 pixels of 4 nm: 100 nm, in 25 pixels, with a rim
+    assert 25 <= length <= 31
