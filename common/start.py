@@ -35,13 +35,9 @@ def run(main):
     if not os.path.exists("/dev/nvidia0"):
         # OneFlow's thread of its own for operations would spin beside the kernels' threads. It reads this once.
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
-<<<<<<< HEAD
-    code, said = 1, ""
-=======
     # A worker of a DataLoader that finds no room in /dev/shm would drop its batch, which is then waited for for ever.
     Queue._on_queue_feeder_error = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-    code, said = 0, ""
->>>>>>> files
+    code, said = 1, ""
     try:
         try:
             main()
@@ -56,18 +52,10 @@ def run(main):
         # Files from strangers must not break the line, or colour the terminal.
         code, said = 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     except OSError as error:
-<<<<<<< HEAD
         said = f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
     except Exception as error:
-        said = error if isinstance(error, FloatingPointError) else traceback.format_exc()
-=======
-        code, said = 1, f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
-    except FloatingPointError as error:
-        code, said = 1, error
-    except Exception as error:
         lost = "DataLoader worker (pid" in str(error)
-        code, said = 1, f"{LOST}; {kept}" if lost else traceback.format_exc()
->>>>>>> files
+        said = f"{LOST}; {kept}" if lost else error if isinstance(error, FloatingPointError) else traceback.format_exc()
     if said:
         complain(said)
     os._exit(code)

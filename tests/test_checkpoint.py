@@ -145,11 +145,14 @@ def test_older_checkpoints_resume(slices, tmp_path):
     path = tmp_path / "checkpoints/last.safetensors"
     net, optimizer, metadata = checkpoint.read(path)
     step = metadata.pop("optimizer")["state"]["step"]
-    del metadata["rows"], metadata["arguments"]["amp"]
+    del metadata["rows"], metadata["arguments"]["slices"]
+    metadata["arguments"]["amp"] = False  # of graph_train.py, a flag without a value
     checkpoint.write(path, net | optimizer, metadata | {"optimizer_step": step})
     checkpoint.write(tmp_path / "bare.safetensors", net, metadata | {"optimizer_step": step})
     train("--data_path", slices, "--epochs", 2, "--resume", path, cwd=tmp_path)
     assert checkpoint.read(path)[2]["optimizer"]["state"]["step"] == 2 * step
+    train("--data_path", slices, "--epochs", 3, "--resume", path, cwd=tmp_path)
+    assert [row["epoch"] for row in checkpoint.read(path)[2]["rows"]] == ["2", "3"]
     with pytest.raises(InputError, match="holds weights only"):
         train("--data_path", slices, "--epochs", 2, "--resume", "bare.safetensors", cwd=tmp_path)
 
