@@ -71,15 +71,18 @@ def load_nets(args, place):
     paths = args.checkpoint or [OWN if OWN.exists() or not BOXED.exists() else BOXED]
     nets, thresholds, sizes = [], [], set()
     for path in paths:
-        net, metadata = load_net(path, trust_pickle=args.trust_pickle)
-        if (net.n_channels, net.n_classes) != (1, 1):
-            raise InputError(f"{path}: a net of {net.n_channels} channels, {net.n_classes} classes: not one of each")
+        found, metadata = load_net(path, trust_pickle=args.trust_pickle)
         threshold, size = metadata.get("threshold", 0.5), metadata.get("pixel_size", PIXEL_SIZE)
         if not all(isinstance(n, int | float) for n in (threshold, size)) or not 0 <= threshold <= 1 or not size > 0:
             raise InputError(f"{path}: its threshold is no number from 0 to 1, or its pixel_size none above 0")
         amp = begin.mixed_precision(args, place, wanted=metadata.get("amp") is True)
-        net = net.to(place).eval()
-        nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
+        for net in found if isinstance(found, list) else [found]:
+            if (net.n_channels, net.n_classes) != (1, 1):
+                raise InputError(
+                    f"{path}: a net of {net.n_channels} channels, {net.n_classes} classes: not one of each"
+                )
+            net.to(place)
+            nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
         thresholds.append(threshold)
         sizes.add(size)
         arguments, epoch = metadata.get("arguments"), metadata.get("epoch")

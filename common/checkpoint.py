@@ -45,7 +45,8 @@ def checksum(tensors, texts):
 def read(path, trust_pickle=False):
     """Read a checkpoint -> (net's tensors under our names, optimizer's tensors, metadata); runs no code from it.
 
-    The tensors are {name: array}, the metadata a dict, empty for bare weights. A folder of `flow.save` is unpickled,
+    The tensors are {name: array}, the metadata a dict, empty for bare weights; the nets that a file holds beside the
+    first one, as `further.1.NAME` …, are its ["further"]. A folder of `flow.save` is unpickled,
     which runs whatever code it holds, so that needs `trust_pickle`. Raises InputError.
     """
     path, texts = Path(path), {}
@@ -74,15 +75,23 @@ def read(path, trust_pickle=False):
         with suppress(ValueError, RecursionError):  # others' metadata, such as PyTorch's format: pt, aren't JSON
             metadata[key] = json.loads(text)
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+    for name in [name for name in tensors if name.startswith("further.")]:
+        _, number, own = name.split(".", 2)
+        metadata.setdefault("further", {}).setdefault(number, {})[own] = tensors.pop(name)
     return (tensors if "model" in metadata else named_as_ours(path, tensors)), optimizer, metadata
 
 
 def load_net(path, trust_pickle=False):
-    """The net of a checkpoint, or of weights that others trained -> (net on the CPU, metadata). Raises InputError."""
+    """The net of a checkpoint, or of weights that others trained -> (net on the CPU, metadata). Raises InputError.
+
+    A list of nets where the file holds several, whose probabilities are to be averaged.
+    """
     tensors, _, metadata = read(path, trust_pickle)
-    net = UNet(*architecture(path, tensors))
-    fill(path, net, tensors)
-    return net.eval(), metadata
+    nets = []
+    for each in (tensors, *metadata.pop("further", {}).values()):
+        nets.append(UNet(*architecture(path, each)).eval())
+        fill(path, nets[-1], each)
+    return nets if len(nets) > 1 else nets[0], metadata
 
 
 def named_as_ours(path, tensors):

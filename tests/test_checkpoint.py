@@ -1,10 +1,12 @@
 """Checkpoints: what they keep, and going on from them: python3 -m pytest tests/test_checkpoint.py"""
 
 import os
+import subprocess
+import sys
 
-from common import checkpoint, epoch, files, log
+from common import checkpoint, epoch, files, log, tiles
 from common.arguments import InputError
-from conftest import BEST, LAST, assert_same_run, metadata_of, python, resume, rows_of, tensors_of, train
+from conftest import BEST, LAST, ROOT, assert_same_run, metadata_of, python, resume, rows_of, tensors_of, train
 
 import numpy as np
 import oneflow as flow
@@ -215,3 +217,22 @@ def test_two_processes_write_one_file(tmp_path):
     (tmp_path / f".file.{files.HOST}.999999999.new").write_bytes(b"left behind")
     files.make_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_several_nets_in_a_file(slices, tmp_path):
+    """A file of two nets predicts as both checkpoints do together; --init takes its first; halves are close enough."""
+    for seed in (0, 1):
+        train("--epochs", 1, "--seed", seed, "--checkpoint_dir", f"s{seed}", cwd=tmp_path)
+    files = [str(tmp_path / f"s{seed}/last.safetensors") for seed in (0, 1)]
+    box = str(tmp_path / "box.safetensors")
+    command = [sys.executable, ROOT / "benchmarks/box.py", box, *files, "--threshold", "0.4"]
+    subprocess.run(command, check=True, timeout=120)
+    nets, metadata = checkpoint.load_net(box)
+    assert len(nets) == 2 and metadata["threshold"] == 0.4
+    image = np.random.default_rng(0).normal(size=(32, 32))
+    apart = [tiles.predict(checkpoint.load_net(file)[0], image) for file in files]
+    np.testing.assert_allclose(tiles.predict(nets, image), sum(apart) / 2, atol=2e-3)
+    assert np.abs(apart[0] - apart[1]).max() > 0.01
+    train("--epochs", 1, "--init", box, "--lr", 1e-30, cwd=tmp_path, small=("--device", "cpu", "--repeat", "1"))
+    one, other = tensors_of(tmp_path / LAST), tensors_of(files[0])
+    np.testing.assert_allclose(one["outc.conv.weight"], other["outc.conv.weight"], atol=1e-3)
