@@ -76,7 +76,9 @@ unet_make() {
         --disable-pip-version-check --no-deps --require-hashes -r requirements.txt >&2; then
         unet_say "making .venv failed, see above (network? disk space?), then run this again" && return 1
     fi
-    if ! error=$(.venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib, skimage.segmentation' 2>&1); then
+    # A notebook's MPLBACKEND is not installed here.
+    if ! error=$(env -u MPLBACKEND .venv/bin/python -c \
+        'import oneflow, cv2, safetensors, matplotlib, skimage.segmentation' 2>&1); then
         unet_say "the installed packages can't be imported: ${error##*$'\n'}" && return 1
     fi
     unet_measure_blas >.venv/blas
