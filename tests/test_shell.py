@@ -190,6 +190,19 @@ def test_interpreters_are_found_off_the_path(place, bare, tmp_path):
     assert not Path(options["cwd"] / ".venv/half").exists()
 
 
+def test_a_notebooks_backend_is_no_matter(bare):
+    """The environment is made in a notebook's cell too, whose MPLBACKEND matplotlib doesn't find there."""
+    options, tools = bare
+    for tool in ("chmod", "env"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    made = r"""printf '#!/bin/bash\n[ "$1$MPLBACKEND" != -cmodule://x ]\n'"""
+    make = f"mkdir -p .venv/bin && {made} >.venv/bin/python && chmod +x .venv/bin/python"
+    fake(tools, "python3.10", f"case $1 in -c) ;; --version) echo 3.10 ;; *) {make} ;; esac")
+    options["env"]["MPLBACKEND"] = "module://x"
+    done = bash("-c", "source env.sh; echo $?", **options)
+    assert done.stdout == "0\n" and (options["cwd"] / ".venv/ready").exists(), done.stderr
+
+
 def test_an_environment_of_the_users_is_kept(bare):
     """A .venv that env.sh didn't make is left alone, in one line that says so; the shell goes on."""
     options, _ = bare
