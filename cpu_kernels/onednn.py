@@ -74,16 +74,16 @@ class Library:
     def __getattr__(self, name):
         """The C function dnnl_{name}, which raises RuntimeError where its status is an error."""
         function = self.__dict__[name] = getattr(self.functions, f"dnnl_{name}")
-        function.errcheck = check
+        function.errcheck = self.check
         return function
+
+    @staticmethod
+    def check(status, function, arguments):
+        if status:
+            raise RuntimeError(f"oneDNN: {function.__name__} failed with status {status}")
 
     def has(self, instructions):
         return self.functions.dnnl_get_effective_cpu_isa() & instructions == instructions
-
-
-def check(status, function, arguments):
-    if status:
-        raise RuntimeError(f"oneDNN: {function.__name__} failed with status {status}")
 
 
 library = lru_cache(1)(Library)
