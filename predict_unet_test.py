@@ -126,7 +126,6 @@ def find_slices(args, scale, stacks):
 
 def main():
     if (os.environ.get("WORLD_SIZE") or "1") != "1" and {"RANK", "LOCAL_RANK"} <= os.environ.keys():
-        start.rank = int(os.environ["RANK"] != "0")  # so that one of them says it
         raise InputError("predicts in one process: start it without the launcher, or unset WORLD_SIZE")
     args = parse_args()
     place = begin.pick(args.device)
