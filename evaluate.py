@@ -70,7 +70,7 @@ def look_at(slices, labels):
 
 
 def find_jobs(args, image):
-    """What to score -> {kind: [Job]}, all of it read once; image: where slices may be. Raises InputError."""
+    """What to score -> {kind: [Job]}, read once before minutes of work; image: the slices. Raises InputError."""
     pairs = pair(args.prediction, args.label, "_prob")
     without = {name for name, *_ in list_slices(args.label)} - {label[0] for _, label in pairs if label}
     if without:

@@ -39,11 +39,11 @@ class Run:
             checkpoint.fill(args.init, net, checkpoint.read(args.init)[0])
         self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
-            logs = args.log_file, Path(args.log_file).with_suffix(".csv")
-            for path in logs:
-                check_output(path)
+            check_output(args.log_file)
+            table = Path(args.log_file).with_suffix(".csv")
+            check_output(table)
             make_folder(self.last.parent)
-            for path in (*logs, self.last.parent):
+            for path in (args.log_file, table, self.last.parent):
                 lock(path)
             if self.last.exists() and not args.resume:
                 print(f"starts over: replaces {self.last}, best.safetensors and {args.log_file} after the first epoch")
