@@ -17,11 +17,12 @@ from pathlib import Path
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common import ROOT, begin, start
 from common.arguments import InputError, Parser, add_device, given_path, number
-from common.cells import MOST, SMALLEST, find_cells, measure, write_table
+from common.cells import MOST, find_cells, measure, write_table
 from common.checkpoint import load_net
 from common.files import check_output, lock, make_folder, write_whole
 from common.images import list_slices, read_slice
 from common.pictures import write_pictures
+from common.scores import SMALLEST
 from common.tiles import MARGIN, TILE, predict
 from cpu_kernels import accelerate
 from unet import MIN_SIDE

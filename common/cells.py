@@ -5,13 +5,12 @@ import csv
 
 from common.files import write_whole
 from common.images import find_border
-from common.scores import thin
+from common.scores import SMALLEST, thin
 
 import cv2
 import numpy as np
 from skimage.measure import regionprops_table
 
-SMALLEST = 150  # pixels of the weights: of smaller cells most are none, see docs/cells.md
 MOST = 2**16 - 1  # cells that 16 bits can number
 
 
