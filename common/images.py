@@ -65,7 +65,7 @@ def list_slices(path):
     others = sorted(f.name for f in files if f.suffix.lower() not in SUFFIXES and f != path)
     if len(files) == len(others):
         raise InputError(f"{path}: holds no image (looked for {', '.join(sorted(SUFFIXES))})")
-    if others:
+    if set(others) - {"cells.csv"}:  # which is ours
         say_once(f"{path}: left out {', '.join(others[:5])}{', …' * (len(others) > 5)}, no images of a kind read here")
 
     # Digits compare as numbers; re.split alternates text and digits, so like meets like. 01 and 1 need the name too.
@@ -92,8 +92,8 @@ def list_pages(file):
                 return [0]
         with quiet_stderr(), tifffile.TiffFile(file, _multifile=False) as tiff:
             slices = [number for number, page in enumerate(tiff.pages) if not page.subfiletype & 1]
-            pages, series = len(tiff.pages), tiff.series[0]
-            sizes = dict(zip(series.axes, series.shape, strict=True))
+            pages, series, mode = len(tiff.pages), tiff.series[0], (tiff.imagej_metadata or {}).get("mode")
+            channels = dict(zip(series.axes, series.shape, strict=True)).get("C", 1)
             # An OME-TIFF's slices may be in other files.
             within = not tiff.is_ome and series.size > pages * series.keyframe.size
             # tifffile takes a chain of pages that leads beyond the file's end, or back, for one that ends there.
@@ -107,9 +107,11 @@ def list_pages(file):
         trouble = "is damaged or cut off, its pages can't be counted"
     elif within:  # ImageJ's own way past 4 GB
         trouble = "has its slices in one page, save it as a folder of images (Fiji: Save As > Image Sequence)"
-    elif pages > sizes.get("C", 1) > 1:  # as many channels as pages are slices of tifffile's
-        trouble = f"has {sizes['C']} channels for a slice, save one alone (Fiji: Image > Color > Split Channels)"
+    elif channels > 1 and (pages > channels or mode in ("composite", "color")):
+        trouble = f"has {channels} channels for a slice, save one alone (Fiji: Image > Color > Split Channels)"
     else:
+        if 1 < channels == pages:  # as tifffile writes slices
+            say_once(f"{file}: its {channels} channels are taken for slices")
         return slices or [0]
     raise InputError(f"{file}: {trouble}")
 
@@ -181,7 +183,7 @@ def read_tiff(file, page, most):
         if found.photometric == 0 and 262 in found.tags:
             if image is None:
                 raise InputError(f"{file}: has 0 for white, save it with 0 for black (Fiji: Lookup Tables > Grays)")
-            if "tifffile" not in tiff.pages.first.software:  # which has 0 for black nevertheless
+            if not tiff.is_shaped and "tifffile" not in tiff.pages.first.software:  # which has 0 for black nevertheless
                 image = -image if image.dtype.kind == "f" else ~image
         if image is not None and image.dtype == bool:
             image = np.uint8(255) * image

@@ -137,9 +137,10 @@ def test_kinds_of_images(tmp_path):
     np.testing.assert_array_equal(write("tiles.tif", image, tile=(16, 16)), image)
     # One bit, 0 for white (which tifffile writes for bits and means 0 for black), a palette, colours, CMYK.
     np.testing.assert_array_equal(write("bit.tif", light, photometric="minisblack"), light * 255)
-    np.testing.assert_array_equal(write("bool.tif", light), light * 255)
+    for software in (None, "Microscope 1"):
+        np.testing.assert_array_equal(write("bool.tif", light, software=software), light * 255)
     for dtype, big, order in ((bool, False, "<"), (np.uint8, True, "<"), (np.uint16, False, ">"), (float, True, "<")):
-        options = {"photometric": "miniswhite", "bigtiff": big, "byteorder": order, "software": "Fiji"}
+        options = {"photometric": "miniswhite", "bigtiff": big, "byteorder": order, "metadata": None, "software": "me"}
         values = grey.astype(dtype)
         full = {bool: 255, float: 0}.get(dtype) if dtype in (bool, float) else np.iinfo(dtype).max
         np.testing.assert_array_equal(
@@ -276,7 +277,7 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
             read_slice(tmp_path / name)
 
 
-def test_stacks_of_microscopes(tmp_path):
+def test_stacks_of_microscopes(tmp_path, capsys):
     """Pyramids, hyperstacks, OME-TIFF and rare compressions: read rightly, or refused with the way on."""
     stack = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
     with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:  # smaller copies between the pages
@@ -292,10 +293,14 @@ def test_stacks_of_microscopes(tmp_path):
     for name in ("pyramid.tif", "z.ome.tif", "time.tif", "sub.tif"):
         pages = [read_slice(file, page) for _, file, page in list_slices(tmp_path / name)]
         np.testing.assert_array_equal(pages, stack)
+    tifffile.imwrite(tmp_path / "plain.ome.tif", stack, metadata={"axes": "CYX"})
+    assert capsys.readouterr().out == "" and len(list_slices(tmp_path / "plain.ome.tif")) == 3
+    assert "plain.ome.tif: its 3 channels are taken for slices\n" in capsys.readouterr().out
+    tifffile.imwrite(tmp_path / "composite.tif", stack[:2], imagej=True, metadata={"axes": "CYX", "mode": "composite"})
     colours = np.stack([stack, stack], 1)
     tifffile.imwrite(tmp_path / "c.ome.tif", colours, metadata={"axes": "ZCYX"})
     tifffile.imwrite(tmp_path / "hyper.tif", colours, imagej=True, metadata={"axes": "ZCYX"})
-    for name in ("c.ome.tif", "hyper.tif"):
+    for name in ("c.ome.tif", "hyper.tif", "composite.tif"):
         with pytest.raises(InputError, match=r"2 channels for a slice.*Split Channels"):
             list_slices(tmp_path / name)
     tifffile.imwrite(tmp_path / "odd.tif", stack[0], compression="lzma")
