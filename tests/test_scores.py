@@ -124,4 +124,5 @@ def test_merged_and_split_cells_are_found():
         assert split[5, 85] and split[50, 85] and not split[:, :57].any()
     speck = np.ones((40, 40), bool)
     speck[10:18, 10:18], speck[12:16, 12:16] = False, True
-    assert [count_cells(cells) for cells in (label, found, speck, speck & False)] == [3, 3, 1, 0]
+    small = np.pad(np.ones((12, 12), bool), 9)  # thin() makes it large
+    assert [count_cells(cells) for cells in (label, found, speck, speck & False, small)] == [3, 3, 1, 0, 0]
