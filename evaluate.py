@@ -27,7 +27,7 @@ from common.files import check_output, write_whole
 from common.images import SUFFIXES, list_slices, read_slice
 from common.labels import beside, judge, look, pair, read_label, read_pair
 from common.pictures import ORANGE, paint, stretch
-from common.scores import SCORES, THRESHOLDS, best, combine, count, count_cells, find_faults, thin
+from common.scores import SCORES, SMALLEST, THRESHOLDS, best, combine, count, count_cells, find_faults, thin
 
 import cv2
 import numpy as np
@@ -44,7 +44,7 @@ Job = namedtuple("Job", "kind slice label scale values")
 def find_scale(path, slices):
     """The value that stands for P(interior) = 1 in a prediction's slices, each (name, file, page).
 
-    1 for floats, 1 or 255 for masks, else the largest value of their type. Raises InputError for other values.
+    1 for floats, 1 or 255 for masks, else, and for NAME_prob, their type's largest value. Raises InputError for others.
     """
     highest, masks, full = 0, {1, 255}, 1
     for _, file, page in slices:
@@ -55,8 +55,8 @@ def find_scale(path, slices):
         elif image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
             raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities from 0 to 1")
         highest = max(highest, image.max())
-    if full == 1 or highest == 0:
-        return 1
+    if full == 1 or highest == 0 or all(file.stem.endswith("_prob") for _, file, _ in slices):
+        return full
     if masks and masks != {full}:
         print(f"{path}: taken for masks of 0 and {max(masks)}")
     elif highest < full / 16:  # nowhere interior
@@ -93,8 +93,7 @@ def find_jobs(args, image):
                 raise InputError(f"{image}: has no slice for {missing[0]}")
             images = [image_of[label] for label in labels]
             looks["slices"], kinds["blurred_slices"] = look_at(images, labels), images
-    where = "slices" if "slices" in looks else "prediction"
-    values = judge(args.label, looks[where], where)
+    values = judge(args.label, looks.get("slices", looks["prediction"]), seen="slices" in looks)
     return {
         kind: [Job(kind, *both, scales.get(kind), values) for both in zip(some, labels, strict=True)]
         for kind, some in kinds.items()
@@ -200,7 +199,8 @@ def main():
     if not images:
         print("no floor of blurred slices: --image says where the slices are")
     if rows:
-        print(f"\n{f'each slice, {title}':20}  V_Rand  V_Info  misclassification  cells in label  found")
+        cells = f"cells in label  found (of {SMALLEST} pixels or more)"
+        print(f"\n{f'each slice, {title}':20}  V_Rand  V_Info  misclassification  {cells}")
         print(*(ROW.format(**row) for row in rows), sep="\n")
     if args.json:
         written = {"thresholds": THRESHOLDS.tolist(), **results.pop("prediction"), "floors": results}

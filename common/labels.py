@@ -51,30 +51,25 @@ def read_grey(file, page=0):
     transparent = colours.shape[2] == 4 and np.ptp(colours[:, :, 3])
     if palette or transparent or np.ptp(colours[:, :, :3], axis=2).any():
         kind = "a palette" if palette else "transparency" if transparent else "colours"
-        flags = "--threshold N, or --cells where each cell has a colour"
+        flags = "--threshold 127, or --cells where each cell has a colour"
         raise InputError(f"{file}: has {kind}, a label is black and white: {CONVERT} {flags}")
     label = colours[:, :, 0]
     if not ((label == label.min()) | (label == label.max())).all():
-        refuse(file, count_values(label))
+        refuse(file, np.unique(label).tolist(), label)
     return label
 
 
-def count_values(label):
-    """{value: pixels} of an array of integers or floats."""
-    return dict(zip(*(array.tolist() for array in np.unique(label, return_counts=True)), strict=True))
-
-
-def refuse(path, pixels):
-    """Raise InputError for labels that haven't two values, {value: pixels}, with the flags that convert them."""
-    low, high = min(pixels), max(pixels)
-    # A few values and hardly anything between the outermost: soft edges. Else each number is a cell.
-    soft = pixels[low] + pixels[high] > 0.5 * sum(pixels.values()) and high <= 255
-    flags = f"--threshold {(low + high) / 2:g}" if soft else "--cells"
-    if len(pixels) < 10:  # what they mean is not ours to guess
-        flags = "--threshold N (interior is above N), or --cells (each number is a cell)"
-    some = ", ".join(f"{value:g}" for value in sorted(pixels)[:6]) + ", …" * (len(pixels) > 6)
-    text = f"{path}: has {len(pixels)} values ({some}), labels have two, membrane and interior"
-    raise InputError(text + f": {CONVERT} {flags}" * (len(pixels) > 2))
+def refuse(path, values, label=None):
+    """Raise InputError for labels that haven't two values, with the flags that convert such as `label`, (H, W)."""
+    flags = "--threshold N (interior is above N), or --cells (each number is a cell)"
+    if label is not None and len(values) >= 10:  # what fewer mean is not ours to guess
+        # Between its lowest and highest value a label of numbered cells is flat, soft edges are not.
+        low, high, here = min(values), max(values), label[1:, 1:]
+        between, flat = (here != low) & (here != high), (here == label[:-1, 1:]) & (here == label[1:, :-1])
+        flags = "--cells" if 2 * flat[between].sum() > between.sum() else f"--threshold {(low + high) / 2:.6g}"
+    some = ", ".join(f"{value:g}" for value in sorted(values)[:6]) + ", …" * (len(values) > 6)
+    text = f"{path}: has {len(values)} values ({some}), labels have two, membrane and interior"
+    raise InputError(text + f": {CONVERT} {flags}" * (len(values) > 2))
 
 
 def read_pair(file, label_file):
@@ -91,12 +86,12 @@ def look(label, image):
     return {value.item(): ((label == value).sum(), light[label == value].sum()) for value in {label.min(), label.max()}}
 
 
-def judge(label_path, looks, where="slices", part=False):
+def judge(label_path, looks, seen=True, part=False):
     """The two values of a set of labels, (membrane, interior), told from all of them.
 
-    looks: look() of each, with images of which `where` says what they are. part: whether these are only some of the
-    labels, which may then have one value. Raises InputError where there are more than two or only one, or where what
-    should be interior looks like membrane: darker in the images than the rest, and less than half of all pixels.
+    looks: look() of each. seen: whether with its slice. part: whether these are only some of the labels, which may then
+    have one value. Raises InputError where there are more than two or only one, or where what should be interior looks
+    like membrane: less than half of all pixels and, where slices are seen, darker than the rest.
     """
     total = {}
     for value, numbers in (item for one in looks for item in one.items()):
@@ -104,11 +99,10 @@ def judge(label_path, looks, where="slices", part=False):
     if part and len(total) == 1 and set(total) <= {0, 1, 255}:
         return 0, max(*total, 1)
     if len(total) != 2:
-        refuse(label_path, {value: pixels for value, (pixels, _) in total.items()})
+        refuse(label_path, total)
     (dark_pixels, dark), (pixels, light) = (total[value] for value in sorted(total))
-    if pixels < dark_pixels and light / pixels < dark / dark_pixels:
-        raise InputError(
-            f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels and dark in the "
-            f"{where}, so membrane is white there: {CONVERT.replace('SOURCE', str(label_path))} --membrane white"
-        )
+    if pixels < dark_pixels and not (seen and light / pixels >= dark / dark_pixels):
+        text = f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels"
+        why = " and dark in the slices, so membrane" if seen else ": if interior, pass --image, if membrane"
+        raise InputError(f"{text}{why}: {CONVERT.replace('SOURCE', str(label_path))} --membrane white")
     return tuple(sorted(total))

@@ -3,13 +3,12 @@
 python3 data/prepare.py labels SOURCE OUT --membrane white
 """
 
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.arguments import InputError
 from common.images import CONVERT, list_slices, read_page
-from common.labels import count_values, refuse
+from common.labels import refuse
 
 import cv2
 import numpy as np
@@ -46,27 +45,30 @@ def convert(source, out, args):
     args: membrane ("black" or "white"), threshold (a number or None), cells (bool). Raises InputError and OSError, and
     then leaves no OUT behind.
     """
-    slices, found, pixels = list_slices(source), [], Counter()
+    slices, found, values = list_slices(source), [], set()
+    if args.cells and (args.threshold is not None or args.membrane == "white"):
+        raise InputError("--cells goes with neither --threshold nor --membrane white: in such labels 0 is membrane")
     if out.exists():
         raise InputError(f"{out}: exists already, name a folder to make: {CONVERT}")
     for _, file, page in slices if not args.cells and args.threshold is None else ():
-        pixels.update(count_values(as_numbers(file, page, False)))
-        if len(pixels) > 2:
-            refuse(file, pixels)
-    if len(pixels) == 1:
-        refuse(source, pixels)
+        label = as_numbers(file, page, False)
+        values.update(np.unique(label).tolist())
+        if len(values) > 2:
+            refuse(file, values, label)
+    if len(values) == 1:
+        refuse(source, values)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as stage:
         made = Path(stage, "made")
         made.mkdir()
         for number, (name, file, page) in enumerate(slices):
             name = name if Path(source).is_dir() else number  # as slices of a folder are called most often
-            interior = interior_of(as_numbers(file, page, args.cells), args, max(pixels, default=0)).astype(np.uint8)
+            interior = interior_of(as_numbers(file, page, args.cells), args, max(values, default=0)).astype(np.uint8)
             found.append((interior.mean(), cv2.connectedComponents(interior, connectivity=4)[0] - 1))
             (made / f"{name}.png").write_bytes(cv2.imencode(".png", interior * 255)[1])
         made.rename(out)
     share, cells = np.mean(found, axis=0)
     print(f"{out}: {len(slices)} labels, {share:.1%} interior, {cells:.0f} cells a slice, from {source}")
-    if share < 0.5:
+    if share < 0.5 and not args.cells:
         other = "white" if args.membrane == "black" else "black"
         print(f"That is little interior. If membrane is {other} in {source}, remove {out}, pass --membrane {other}")

@@ -7,6 +7,7 @@ from common.arguments import InputError
 from common.labels import judge, look, read_label
 from common.scores import SCORES, combine, count, count_cells
 from conftest import one_line, python, script, write_pairs
+from evaluate import find_scale
 from inside import run_inside
 from test_scores import EXPECTED
 
@@ -67,13 +68,14 @@ def test_folders_are_paired_by_name(tmp_path):
         label = np.where(rng.random((40, 40)) > 0.4, 255, 0).astype(np.uint8)
         cv2.imwrite(str(tmp_path / f"label/{name}.png"), label)
         cv2.imwrite(str(tmp_path / f"found/{name}_prob.png"), label)
+    (tmp_path / "found/cells.csv").touch()
     cv2.imwrite(str(tmp_path / "image/other.png"), label)  # not these slices: no floor then
     done = run_inside("evaluate.py", "--prediction", "found", "--label", "label", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for title in ("V_Rand", "V_Info", "membrane Dice"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(title))
         assert line.split()[len(title.split())] == "1.0000"
-    assert "no floor of blurred slices" in done.stdout
+    assert "no floor of blurred slices" in done.stdout and "left out" not in done.stdout
 
 
 def test_bad_input_is_one_line(oracle, tmp_path):
@@ -155,6 +157,9 @@ def test_predictions_of_other_programs(tmp_path):
     assert tables["m255"] and len({tables[name] for name in ("m255", "m01", "m16", "full16", "float", "bool")}) == 1
     for name in ("m12", "m13", "grey16"):
         assert f"{name}: holds no value above" in tables[name]
+    for weak in (1, 12):  # our own probabilities, which are 0 to 255
+        cv2.imwrite(str(tmp_path / "0_prob.png"), masks[0] * np.uint8(weak))
+        assert find_scale("found", [("0", tmp_path / "0_prob.png", 0)]) == 255
     assert slices.name == "train_image"
 
 
@@ -224,13 +229,13 @@ def test_a_picture_of_the_worst_slice(tmp_path):
 
 
 def test_white_membranes_are_noticed(tmp_path):
-    """Labels the other way round, told by the slices or by a good prediction: refused, with the cure."""
+    """Labels the other way round, told by slices or, without any, by their number: refused, with the cure."""
     write_pairs(tmp_path, 3)
     (tmp_path / "found").mkdir()
     for i in range(3):
         label = cv2.imread(str(tmp_path / f"train_label/{i}.png"), -1)
-        cv2.imwrite(str(tmp_path / f"found/{i}.png"), label)
-        cv2.imwrite(str(tmp_path / f"train_label/{i}.png"), 255 - label)
+        for name in ("found", "train_label"):
+            cv2.imwrite(str(tmp_path / f"{name}/{i}.png"), 255 - label)
     for flags in (("--image", "train_image"), ()):
         done = run_inside("evaluate.py", "--prediction", "found", "--label", "train_label", *flags, cwd=tmp_path)
         assert done.returncode == 2 and "prepare.py labels train_label OUT --membrane white" in done.stderr

@@ -56,6 +56,9 @@ KINDS = {
     "white as 1": (lambda i, a: (~a).astype(np.uint16), ".tif", "--membrane white", "--membrane white"),
     "bool and white": (lambda i, a: ~a, ".tif", "--membrane white", "--membrane white"),
     "soft": (soft, ".png", "--threshold 127.5", "--threshold 127.5"),
+    "soft, 16 bit": (lambda i, a: soft(i, a) * np.uint16(257), ".png", "--threshold 32767.5", "--threshold 32767.5"),
+    "much blurred": (lambda i, a: cv2.GaussianBlur(np.uint8(255) * a, (0, 0), 5), ".png", "--threshold 1", None),
+    "few cells": (lambda i, a: cells_of(cv2.erode(np.uint8(a), np.ones((9, 9)))), ".tif", "--cells", None),
     "jpeg": (lambda i, a: np.uint8(255) * a, ".jpg", "--threshold 1", "--threshold 127"),
     "soft and white": (
         lambda i, a: 255 - soft(i, a),
@@ -102,7 +105,7 @@ def test_each_kind_is_refused_and_can_be_converted(kind, slices):
 
 RIGHT = {
     "bool": (lambda a: a, {}),  # which tifffile stores as 0 for white
-    "0 for white": (lambda a: np.uint8(255) * ~a, {"photometric": "miniswhite", "software": "Fiji"}),
+    "0 for white": (lambda a: np.uint8(255) * ~a, {"photometric": "miniswhite", "software": "Fiji", "metadata": None}),
     "uint32": (lambda a: a.astype(np.uint32), {}),
     "int64, 1 and 2": (lambda a: a + np.int64(1), {}),
     "floats": (lambda a: a.astype(np.float64), {}),
@@ -158,7 +161,7 @@ def test_what_hides_the_polarity_is_refused(slices, tmp_path):
     shown = np.dstack([np.full(interior.shape, 255, np.uint8), np.uint8(255) * interior])
     for picture, kind in ((indices, "a palette"), (Image.fromarray(shown, "LA"), "transparency")):
         picture.save(label)
-        with pytest.raises(InputError, match=rf"has {kind}.*prepare\.py labels"):
+        with pytest.raises(InputError, match=rf"has {kind}.*prepare\.py labels.*--threshold 127"):
             SelfDataSet(slices)
     done = run_inside("data/prepare.py", "labels", label, "alpha", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -172,6 +175,7 @@ def test_converting_writes_over_nothing(slices, tmp_path):
     for out, flags, said in (
         (labels, ("--threshold", "127"), "exists already"),
         (tmp_path / "new", (), "--threshold 127.5"),
+        (tmp_path / "new", ("--cells", "--membrane", "white"), "--cells goes with"),
         (tmp_path / "file/new", ("--threshold", "127"), "cannot write"),
     ):
         names = sorted(str(path) for path in tmp_path.rglob("*"))
