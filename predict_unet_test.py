@@ -79,9 +79,7 @@ def load_nets(args, place):
         amp = begin.mixed_precision(args, place, wanted=metadata.get("amp") is True)
         for net in found if isinstance(found, list) else [found]:
             if (net.n_channels, net.n_classes) != (1, 1):
-                raise InputError(
-                    f"{path}: a net of {net.n_channels} channels, {net.n_classes} classes: not one of each"
-                )
+                raise InputError(f"{path}: has {net.n_channels} channels and {net.n_classes} classes, not one of each")
             net.to(place)
             nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
         thresholds.append(threshold)
@@ -98,14 +96,13 @@ def load_nets(args, place):
     scale = (args.pixel_size or size) / size
     if not 1 / 8 <= scale <= 8:
         raise InputError(f"--pixel_size {args.pixel_size:g}: is over 8 times off the {size:g} nm that the weights know")
+    if scale != 1:
+        print(f"slices are resampled by {scale:g} to the weights' {size:g} nm")
     return nets, threshold, scale
 
 
 def find_slices(args, scale, stacks):
-    """The slices, as list_slices() gives them; all are read once, before hours of work.
-
-    Raises InputError, also where the results would replace slices, or another prediction writes to that folder.
-    """
+    """The slices, all read once before hours of work. Raises InputError, also where the results would replace them."""
     slices, shapes = list_slices(args.Test_Data_path), set()
     for _, file, page in slices:
         shape = read_slice(file, page).shape
@@ -116,7 +113,8 @@ def find_slices(args, scale, stacks):
             raise InputError(f"{file}: is of another size than the first slice, leave out --stack")
     inputs = {os.path.realpath(path) for _, file, _ in slices for path in (file, file.parent)}
     for flag, path in (("save_res_path", args.save_res_path), *(("stack", path) for path in stacks)):
-        if os.path.realpath(path) in inputs:
+        inside = flag == "stack" and os.path.realpath(path.parent) == os.path.realpath(args.Test_Data_path)
+        if inside or os.path.realpath(path) in inputs:
             raise InputError(f"--{flag} {path}: there are the slices, choose another one")
     for path in stacks:
         check_output(path)

@@ -10,7 +10,7 @@ WIDTH = {"cuda": 64, "cpu": 16}  # base channels where --base_channels is left o
 # What a resumed run takes over from its checkpoint. Paths have to be said again where they are not the default: a
 # checkpoint may come from a stranger, who should not choose which files are read and written.
 RESUMED = ("epochs", "batch_size", "repeat", "lr", "schedule", "base_channels", "crop", "border_weight", "dropout")
-RESUMED += ("val_every", "best_by", "seed", "cpu_kernels", "amp", "val_count")
+RESUMED += ("val_every", "best_by", "seed", "cpu_kernels", "amp", "val_count", "pixel_size")
 PATHS = ("data_path", "label_path", "val_path", "val_label_path", "checkpoint_dir", "log_file")
 
 
@@ -69,6 +69,7 @@ def training_parser(doc, augmentations):
     add = parser.add_argument_group("slices").add_argument
     add("--data_path", type=path, default=DATA, help="folder or TIFF stack of training slices")
     add("--label_path", type=path, help="their labels (default: data_path with label for image)")
+    add("--pixel_size", type=number(float, 1e-3, 1e6), default=4.0, metavar="NM", help="their nanometres a pixel")
     add("--num_workers", type=number(int, 0, 64), default=0, help="processes that read slices")
 
     validation = parser.add_argument_group("validation")
@@ -114,6 +115,8 @@ def parse_args(doc, augmentations, argv=None):
 
     doc: the script's docstring. augmentations: the kinds that the data set knows.
     """
+    from common.images import SUFFIXES  # here, since it needs OpenCV and this file
+
     argv = sys.argv[1:] if argv is None else argv
     parser = training_parser(doc, augmentations)
     args = parser.parse_args(argv)
@@ -121,8 +124,8 @@ def parse_args(doc, augmentations, argv=None):
         args = parser.parse_args(saved_flags(args, argv, augmentations) + argv)  # which checks them
     if args.checkpoint_dir.endswith(".safetensors"):
         parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")
-    if args.log_file.endswith(".csv"):
-        parser.error(f"--log_file {args.log_file}: the .csv is written beside it, name a .txt")
+    if args.log_file.lower().endswith((".csv", *SUFFIXES)):
+        parser.error(f"--log_file {args.log_file}: names an image, or the table that is written beside it; name a .txt")
     if args.crop and args.crop < MIN_CROP:
         parser.error(f"--crop {args.crop} is neither 0 nor {MIN_CROP} or more")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):

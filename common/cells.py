@@ -41,6 +41,6 @@ def measure(name, image, cells, pixel_size=None):
 def write_table(path, tables):
     """Write what measure() gives of each slice as one CSV file. Raises OSError."""
     with write_whole(path) as file:
-        table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+        table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
         table.writerow(tables[0])
         table.writerows(row for columns in tables for row in zip(*columns.values(), strict=True))

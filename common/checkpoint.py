@@ -6,6 +6,7 @@
 import hashlib
 import json
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import oneflow as flow
 import safetensors
 import safetensors.numpy
 
+THEIRS = dict.fromkeys((".pth", ".pt", ".ckpt"), "PyTorch's") | dict.fromkeys((".h5", ".hdf5", ".keras"), "Keras/HDF5")
 FIRST, LAST = "inc.double_conv.0.weight", "outc.conv.weight"
 SENSELESS = (LookupError, TypeError, ValueError, AttributeError, OverflowError)  # what odd JSON raises when it is used
 
@@ -45,16 +47,14 @@ def checksum(tensors, texts):
 def read(path, trust_pickle=False):
     """Read a checkpoint -> (net's tensors under our names, optimizer's tensors, metadata); runs no code from it.
 
-    The tensors are {name: array}, the metadata a dict, empty for bare weights; the nets that a file holds beside the
-    first one, as `further.1.NAME` …, are its ["further"]. A folder of `flow.save` is unpickled,
-    which runs whatever code it holds, so that needs `trust_pickle`. Raises InputError.
+    The tensors are {name: array}; metadata["further"] has those of nets beside the first, by number, in the file
+    `further.1.NAME` …. A folder of `flow.save` runs code when loaded: needs `trust_pickle`. Raises InputError.
     """
     path, texts = Path(path), {}
     if path.is_dir() and not trust_pickle:
         raise InputError(f"{path}: a folder of flow.save runs code when loaded: predict with it and --trust_pickle")
-    if path.suffix in (".pth", ".pt", ".ckpt"):
-        convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'NEW.safetensors')"
-        raise InputError(f"{path}: is PyTorch's, convert it with torch: {convert}")
+    if path.is_file() and (whose := THEIRS.get(path.suffix.lower())):
+        raise InputError(f"{path}: is {whose}, convert it to .safetensors: docs/weights.md says how")
     try:
         if path.is_dir():
             tensors = {name: tensor.numpy() for name, tensor in flow.load(str(path)).items()}
@@ -75,20 +75,18 @@ def read(path, trust_pickle=False):
         with suppress(ValueError, RecursionError):  # others' metadata, such as PyTorch's format: pt, aren't JSON
             metadata[key] = json.loads(text)
     optimizer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
-    for name in [name for name in tensors if name.startswith("further.")]:
+    metadata["further"] = {}
+    for name in filter(re.compile(r"further\.\d+\.").match, list(tensors)):
         _, number, own = name.split(".", 2)
-        metadata.setdefault("further", {}).setdefault(number, {})[own] = tensors.pop(name)
+        metadata["further"].setdefault(number, {})[own] = tensors.pop(name)
     return (tensors if "model" in metadata else named_as_ours(path, tensors)), optimizer, metadata
 
 
 def load_net(path, trust_pickle=False):
-    """The net of a checkpoint, or of weights that others trained -> (net on the CPU, metadata). Raises InputError.
-
-    A list of nets where the file holds several, whose probabilities are to be averaged.
-    """
+    """A checkpoint's or others' net on the CPU -> (net, or a list of a file's several, metadata). Raises InputError."""
     tensors, _, metadata = read(path, trust_pickle)
     nets = []
-    for each in (tensors, *metadata.pop("further", {}).values()):
+    for each in (tensors, *metadata.pop("further").values()):
         nets.append(UNet(*architecture(path, each)).eval())
         fill(path, nets[-1], each)
     return nets if len(nets) > 1 else nets[0], metadata

@@ -36,7 +36,10 @@ class Run:
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
         elif args.init:
-            checkpoint.fill(args.init, net, checkpoint.read(args.init)[0])
+            tensors, _, metadata = checkpoint.read(args.init)
+            checkpoint.fill(args.init, net, tensors)
+            if metadata["further"] and start.rank == 0:
+                print(f"{args.init}: has {1 + len(metadata['further'])} nets, training begins with the first")
         self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
             check_output(args.log_file)
@@ -144,8 +147,7 @@ class Run:
         loss = 1 - columns[by] if by == "val_v_rand" else columns[by]
         better = self.best is None or self.best["by"] != by or loss < self.best["loss"]
         if improved := better and val_scores is not None:
-            threshold = columns.get("val_threshold", 0.5)  # which parts cells best
-            self.best = {"epoch": self.epoch, "loss": loss, "by": by, "threshold": threshold}
+            self.best = {"epoch": self.epoch, "loss": loss, "by": by, "threshold": columns.get("val_threshold", 0.5)}
         if start.rank:
             return
         row = {"epoch": str(self.epoch), "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}"}  # lr: after the epoch
@@ -165,7 +167,7 @@ class Run:
         model = {name: getattr(self.net, name) for name in ("n_channels", "n_classes", "bilinear", "base_channels")}
         metadata = {"model": model, "optimizer": optimizer, "arguments": self.arguments}
         metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
-        metadata |= {"threshold": (self.best or {}).get("threshold", 0.5), "amp": self.amp}
-        metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1"}
+        metadata |= {"threshold": (self.best or {}).get("threshold", 0.5), "pixel_size": self.args.pixel_size}
+        metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1", "amp": self.amp}
         versions = {"oneflow": flow.__version__, "numpy": np.__version__}
         return tensors, metadata | {"synthetic": is_synthetic(self.args.data_path), "versions": versions}

@@ -79,10 +79,16 @@ def test_numbers_table_colours_and_stack_agree(predict, tmp_path):
 
 
 def test_the_default_is_of_the_weights_pixels(predict, tmp_path):
-    """What a speck is doesn't depend on the slices' pixels where these are said."""
+    """What a speck is doesn't depend on the slices' pixels where these are said; of a slice whose name isn't UTF-8."""
     draw(tmp_path / "in/0.png")
+    (tmp_path / "in/0.png").rename(tmp_path / "in/\udce4.png")
     for flags, pixels in (((), 150), (("--pixel_size", 2.5), 600), (("--pixel_size", 10), 38)):
-        assert f" cells of {pixels} pixels or more" in predict("--cells", *flags).stdout
+        said = predict("--cells", *flags).stdout
+        assert f" cells of {pixels} pixels or more" in said
+        assert ("slices are resampled by " in said) == bool(flags)
+    assert "resampled by 2 to the weights' 5 nm" in said
+    assert b"\n\xe4,1," in (tmp_path / "out/cells.csv").read_bytes()
+    assert "there are the slices" in predict("--stack", "in/s.tif").stderr
 
 
 def test_cells_end_at_padding(predict, tmp_path):

@@ -20,7 +20,7 @@ def test_resume_is_exact(slices, tmp_path, monkeypatch):
     With everything on: augmentation, border weights, schedule, workers, best by V_Rand.
     """
     flags = ("--crop", 32, "--val_count", 2, "--batch_size", 3, "--seed", 5, "--lr", 0.002)
-    flags += ("--data_path", slices, "--epochs", 6, "--val_every", 2, "--best_by", "v_rand")
+    flags += ("--data_path", slices, "--epochs", 6, "--val_every", 2, "--best_by", "v_rand", "--pixel_size", 6)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(*flags, "--num_workers", 2, cwd=whole)
 
@@ -39,6 +39,7 @@ def test_resume_is_exact(slices, tmp_path, monkeypatch):
     rows = rows_of(whole / "Unet_train.csv")
     assert [int(row["epoch"]) for row in rows if row["val_v_rand"]] == [1, 2, 4, 6]
     best = metadata_of(whole / BEST)["best"]
+    assert metadata_of(parts / LAST)["pixel_size"] == 6  # which predicting goes by
     assert best["by"] == "val_v_rand"
     assert 1 - best["loss"] == pytest.approx(max(float(r["val_v_rand"] or 0) for r in rows), abs=1e-6)
 
@@ -117,6 +118,8 @@ def test_what_cannot_be_saved_is_found_first(slices, tmp_path, monkeypatch):
 
 def test_a_checkpoint_decides_little(slices, tmp_path):
     """Resuming takes hyperparameters from the file, never paths or other flags."""
+    with pytest.raises(InputError, match=r"--log_file .*3\.PNG: names an image"):
+        train("--log_file", slices / "3.PNG", cwd=tmp_path)
     paths = {"--val_path": slices, "--checkpoint_dir": "mine", "--log_file": "mine.txt"}
     train("--epochs", 1, *(word for pair in paths.items() for word in pair), cwd=tmp_path)
     last = tmp_path / "mine/last.safetensors"
@@ -228,11 +231,15 @@ def test_several_nets_in_a_file(slices, tmp_path):
     command = [sys.executable, ROOT / "benchmarks/box.py", box, *files, "--threshold", "0.4"]
     subprocess.run(command, check=True, timeout=120)
     nets, metadata = checkpoint.load_net(box)
-    assert len(nets) == 2 and metadata["threshold"] == 0.4
+    assert len(nets) == 2 and metadata["threshold"] == 0.4 and metadata["pixel_size"] == 4
+    subprocess.run([*command[:2], "again.safetensors", box, *command[4:]], cwd=tmp_path, check=True, timeout=120)
+    assert len(checkpoint.load_net(tmp_path / "again.safetensors")[0]) == 3
     image = np.random.default_rng(0).normal(size=(32, 32))
     apart = [tiles.predict(checkpoint.load_net(file)[0], image) for file in files]
     np.testing.assert_allclose(tiles.predict(nets, image), sum(apart) / 2, atol=2e-3)
     assert np.abs(apart[0] - apart[1]).max() > 0.01
-    train("--epochs", 1, "--init", box, "--lr", 1e-30, cwd=tmp_path, small=("--device", "cpu", "--repeat", "1"))
+    small = ("--device", "cpu", "--repeat", "1")
+    done = train("--epochs", 1, "--init", box, "--lr", 1e-30, cwd=tmp_path, small=small)
+    assert "has 2 nets, training begins with the first" in done.stdout
     one, other = tensors_of(tmp_path / LAST), tensors_of(files[0])
     np.testing.assert_allclose(one["outc.conv.weight"], other["outc.conv.weight"], atol=1e-3)

@@ -227,7 +227,23 @@ def test_weights_with_half_of_the_biases(tmp_path):
 
 
 def test_a_file_of_pytorch_is_named(tmp_path):
-    """It is called by its format, with what converts it, and never unpickled."""
-    (tmp_path / "net.pth").write_bytes(b"PK\x03\x04")
-    with pytest.raises(InputError, match="is PyTorch's, convert it"):
-        checkpoint.load_net(tmp_path / "net.pth")
+    """It is called by its format, with what says how to convert it, and never unpickled; Keras's too."""
+    for name, whose in (("net.pth", "PyTorch's"), ("net.CKPT", "PyTorch's"), ("net.h5", "Keras/HDF5")):
+        with pytest.raises(InputError, match="no such checkpoint"):
+            checkpoint.load_net(tmp_path / name)
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+        with pytest.raises(InputError, match=f"is {whose}, convert it .*docs/weights.md"):
+            checkpoint.load_net(tmp_path / name)
+
+
+def test_further_nets_that_are_none(trained, tmp_path):
+    """Tensors and metadata that only look like those of further nets are left out, or refused in one line."""
+    tensors, metadata = tensors_of(trained), metadata_of(trained)
+    path, odd = tmp_path / "odd.safetensors", {"further.x": np.zeros(3), "further.a.b": np.zeros(3)}
+    bare = {name: array for name, array in tensors.items() if not name.startswith("optimizer.")}
+    safetensors.numpy.save_file(bare | odd, path, {"further": '["x"]'})
+    assert isinstance(checkpoint.load_net(path)[0], UNet)
+    for more in (odd, {"further.1.a": np.zeros(3)}):
+        checkpoint.write(path, tensors | more, metadata | {"further": 7})
+        with pytest.raises(InputError, match="U-Net"):
+            checkpoint.load_net(path)
