@@ -86,7 +86,7 @@ def training_parser(doc, augmentations):
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
     add("--dropout", type=number(float, 0, 0.99), default=0.5, help="share set to 0 after the two deepest levels")
     add_device(add)
-    add("--amp", choices=("auto", "on", "off"), default="off", help="mixed precision; auto: where a CPU has bfloat16")
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision; auto: where a CPU has bfloat16")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=40, help="train up to this epoch")
