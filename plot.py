@@ -57,7 +57,7 @@ def draw(axes, losses):
             epoch, loss = min(points, key=lambda point: point[1])
     text = f"lowest {name if points else 'training'} loss: {loss:.4f}, epoch {epoch}"
     axes.plot(epoch, loss, "*", color="black", markersize=12, label=text)
-    axes.set(xlabel="epoch", ylabel="loss (binary cross-entropy)", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()

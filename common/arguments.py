@@ -105,7 +105,7 @@ def training_parser(doc, augmentations):
     add("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help="folder for last and best epoch")
     add("--log_file", type=path, default="Unet_train.txt", help="a loss a line; more is in the .csv")
     add = kept.add_mutually_exclusive_group().add_argument
-    add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments")
+    add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments but for paths")
     add("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
     return parser
 

@@ -37,6 +37,7 @@ def run(main):
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
     # A worker of a DataLoader that finds no room in /dev/shm would drop its batch, which is then waited for for ever.
     Queue._on_queue_feeder_error = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    sys.unraisablehook = lambda _: None  # a DataLoader that is half made when a worker dies has more to say than we
     code, said = 1, ""
     try:
         try:
