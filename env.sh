@@ -52,7 +52,7 @@ unet_make() {
     mkdir .venv && : >.venv/ready && "$python" -m venv .venv &&
         .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
             --require-hashes -r requirements.txt >&2 &&
-        env -u MPLBACKEND .venv/bin/python -c 'import oneflow, cv2, safetensors, matplotlib, skimage.segmentation' &&
+        env -u MPLBACKEND .venv/bin/python -c 'import common.quiet, cv2, safetensors, matplotlib, skimage.segmentation' &&
         sha256sum <requirements.txt >.venv/ready ||
         unet_say "making .venv failed, see above (network? disk space?), then run this again"
 }

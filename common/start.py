@@ -20,7 +20,7 @@ LOST = "a process of --num_workers is gone: give it more memory or more of /dev/
 
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
-main_process, stderr = os.getpid(), os.dup(2)  # stderr: also while descriptor 2 is silenced
+main_process, stderr = os.getpid(), 2  # stderr: also while descriptor 2 is silenced
 patience, port_names = None, []  # of several processes: the watchdog's seconds; what holds the job's port
 
 
@@ -29,6 +29,8 @@ def run(main):
 
     By `os._exit`: OneFlow's own shutdown hangs now and then, and where another process waits for this one, always.
     """
+    global main_process, stderr
+    main_process, stderr = os.getpid(), os.dup(2)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8

@@ -96,7 +96,10 @@ def state():
     ports = [line.split()[1] for line in open("/proc/self/net/tcp") if line.split()[3] == "0A"]
     others = ("LD_LIBRARY_PATH", "ONEFLOW_")  # of cv2 and of OneFlow
     variables = {name: text for name, text in os.environ.items() if not name.startswith(others)}
-    return handlers, variables, children, ports, os.getcwd(), os.fstat(2).st_ino
+    return handlers, variables, children, ports, os.getcwd(), os.fstat(2).st_ino, copies()
+def copies():  # of descriptor 2
+    open_ones = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [one for one in open_ones if os.path.exists(one) and os.path.samefile(one, "/proc/self/fd/2")]
 def work():
     for name in sys.argv[1].split():
         importlib.import_module(name)

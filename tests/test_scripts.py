@@ -74,7 +74,7 @@ OUT_OF_RANGE = {
     "--resume": ("",),
     "--val_path": ("",),
     "--val_label_path": ("", "labels"),  # of no slices
-    "--log_file": ("",),
+    "--log_file": ("", "slices/20.png"),
 }
 PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 300, 511), "--mirror": (-1, 8, 33, 112)}
 PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
