@@ -125,6 +125,12 @@ def interruptible(command, cwd, **options):
     return subprocess.Popen(list(map(str, command)), cwd=cwd, **pipes, **heard, **options)
 
 
+def tree(folder):
+    """Every path below `folder`, hidden ones too, with the bytes of the files."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in paths}
+
+
 def one_line(text):
     """Whether an error message is what the README promises: one line, no traceback."""
     return text.count("\n") == 1 and text.endswith("\n") and "Traceback" not in text

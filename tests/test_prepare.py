@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from common.arguments import InputError
-from conftest import one_line
+from conftest import one_line, tree
 from data import prepare as prepare_module
 
 import cv2
@@ -54,12 +54,6 @@ def command(*args, **patches):
 
 def run(*args, preexec_fn=None, **patches):
     return subprocess.run(command(*args, **patches), capture_output=True, text=True, timeout=60, preexec_fn=preexec_fn)
-
-
-def tree(folder):
-    """Every path below `folder`, hidden ones too, with the bytes of the files."""
-    paths = sorted(folder.rglob("*"))
-    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in paths}
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +112,6 @@ def prepare(tiny, monkeypatch):
     """The script as a module that takes the tiny archive for ISBI 2012."""
     monkeypatch.setattr(prepare_module, "STACKS", tiny[2])
     return prepare_module
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    """The sample made twice, by two processes."""
-    outs = [tmp_path_factory.mktemp("sample") for _ in range(2)]
-    runs = [subprocess.Popen(command("sample", "--out", out), stdout=subprocess.PIPE, text=True) for out in outs]
-    return outs, [process.communicate()[0] for process in runs], [p.returncode for p in runs]
 
 
 @pytest.fixture
@@ -301,61 +287,3 @@ def test_one_run_at_a_time(prepare, tiny, out):
     done = run("isbi", "--source", tiny[0] / "folder", "--out", out, STACKS=tiny[2])  # this process holds the lock
     assert done.returncode == 2 and one_line(done.stderr) and str(out) in done.stderr
     assert tree(out) == before
-
-
-@pytest.mark.parametrize(
-    "args, name, marker",
-    [
-        (["sample"], "train_image", None),
-        (["isbi", "--source", "http://127.0.0.1:1/x"], "train_label", None),
-        (["isbi", "--source", "http://127.0.0.1:1/x"], "test_image", "my microscope\n"),
-        (["sample"], "test_label", "isbi2012\n"),  # ISBI has none, so somebody put it there
-    ],
-)
-def test_own_folders_are_refused(args, name, marker, tmp_path):
-    """Folders that the script did not make are refused and not touched."""
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "mine.png").write_bytes(b"mine")
-    if marker:
-        (tmp_path / "source.txt").write_text(marker)
-    before = tree(tmp_path)
-    done = run(*args, "--out", tmp_path)
-    assert done.returncode == 2
-    assert one_line(done.stderr) and name in done.stderr and "--out DIR" in done.stderr
-    assert tree(tmp_path) == before
-
-
-def test_bad_arguments_are_one_line():
-    """Exit codes: 2 for bad arguments, with one line on stderr."""
-    for args in ([], ["nonsense"], ["isbi", "--nonsense"]):
-        done = run(*args)
-        assert done.returncode == 2 and one_line(done.stderr)
-
-
-def read(folder, count):
-    names = [folder / f"{i}.png" for i in range(count)]
-    assert sorted(folder.iterdir()) == sorted(names)
-    return np.stack([cv2.imread(str(name), cv2.IMREAD_UNCHANGED) for name in names])
-
-
-def test_sample(samples):
-    """`prepare.py sample` makes the same labelled slices each time and says they are synthetic."""
-    outs, printed, codes = samples
-    assert codes == [0, 0] and "SYNTHETIC" in printed[0]
-    assert tree(outs[0]) == tree(outs[1])
-    assert (outs[0] / "source.txt").read_text() == "synthetic sample\n"
-    for part, count in (("train", 20), ("test", 5)):
-        images = read(outs[0] / f"{part}_image", count)
-        labels = read(outs[0] / f"{part}_label", count)
-        assert images.shape == labels.shape == (count, 256, 256)
-        assert images.dtype == labels.dtype == np.uint8
-        assert set(np.unique(labels)) == {0, 255}
-        assert 0.18 < (labels == 0).mean() < 0.26
-        # Membrane is dark, so the polarity is right; and as in real tissue there is no grey level
-        # that parts the two (all interior alone scores 0.22).
-        assert images[labels == 255].mean() - images[labels == 0].mean() > 30
-        errors = []
-        for image, label in zip(images, labels, strict=True):
-            blurred = cv2.GaussianBlur(image, (0, 0), 2)
-            errors.append(min(((blurred > t) != (label > 0)).mean() for t in range(256)))
-        assert np.mean(errors) > 0.12
