@@ -17,7 +17,7 @@ from pathlib import Path
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common import ROOT, begin, start
 from common.arguments import InputError, Parser, add_device, given_path, number
-from common.cells import MOST, find_cells, measure, write_table
+from common.cells import MOST, find_cells, find_mask, measure, write_table
 from common.checkpoint import load_net
 from common.files import check_output, lock, make_folder, write_whole
 from common.images import list_slices, read_slice
@@ -27,6 +27,7 @@ from common.tiles import MARGIN, TILE, predict
 from cpu_kernels import accelerate
 from unet import MIN_SIDE
 
+import numpy as np
 from tifffile import TiffWriter
 from tqdm import tqdm
 
@@ -52,6 +53,8 @@ def parse_args():
     text = f"leave out cells under N pixels of the mask (default: {SMALLEST} of the weights' pixels)"
     add("--min_cell", type=number(int, 0), metavar="N", help=text)
     add("--threshold", type=number(float, 0, 1), metavar="T", help="interior is P > T (default: the checkpoint's)")
+    text = "and grows into P > G, as long as cells don't meet (default: the checkpoint's, or with --threshold T that T)"
+    add("--grow", type=number(float, 0, 1), metavar="G", help=text)
 
     add = parser.add_argument_group("how it is computed").add_argument
     add("--tta", action="store_true", help="average 8 flips and rotations: better, 8 times slower")
@@ -68,29 +71,32 @@ def parse_args():
 
 
 def load_nets(args, place):
-    """The checkpoints' nets, their mean threshold, and a slice's pixel as a multiple of theirs. Raises InputError."""
+    """The checkpoints' nets, the mean of what find_mask() needs, a slice's pixel over theirs. Raises InputError."""
     paths = args.checkpoint or [OWN if OWN.exists() or not BOXED.exists() else BOXED]
     nets, thresholds, sizes = [], [], set()
     for path in paths:
         found, metadata = load_net(path, trust_pickle=args.trust_pickle)
         threshold, size = metadata.get("threshold", 0.5), metadata.get("pixel_size", PIXEL_SIZE)
-        if not all(isinstance(n, int | float) for n in (threshold, size)) or not 0 <= threshold <= 1 or not size > 0:
-            raise InputError(f"{path}: its threshold is no number from 0 to 1, or its pixel_size none above 0")
+        both = threshold, metadata.get("grow", threshold)
+        sound = all(isinstance(n, int | float) for n in (*both, size)) and size > 0
+        if not sound or not all(0 <= n <= 1 for n in both):
+            raise InputError(f"{path}: its threshold or grow is no number from 0 to 1, or its pixel_size none above 0")
         amp = begin.mixed_precision(args, place, wanted=metadata.get("amp") is True)
         for net in found if isinstance(found, list) else [found]:
             if (net.n_channels, net.n_classes) != (1, 1):
                 raise InputError(f"{path}: has {net.n_channels} channels and {net.n_classes} classes, not one of each")
             net.to(place)
             nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
-        thresholds.append(threshold)
+        thresholds.append(both)
         sizes.add(size)
         arguments, epoch = metadata.get("arguments"), metadata.get("epoch")
         ours = isinstance(arguments, dict) and isinstance(epoch, int)  # a stranger may have written them
         print(f"weights: {path}" + (f", after {epoch - 1} epochs on {arguments.get('data_path')!a}" if ours else ""))
         if metadata.get("synthetic") is True and not begin.is_synthetic(args.Test_Data_path):
             print(f"{path} knows SYNTHETIC slices only, no tissue: --checkpoint {BOXED} was trained on some")
-    threshold = sum(thresholds) / len(thresholds) if args.threshold is None else args.threshold
-    print(f"interior is P > {threshold:g}")
+    threshold, grow = np.mean(thresholds, axis=0) if args.threshold is None else [args.threshold] * 2
+    grow = grow if args.grow is None else args.grow
+    print(f"interior is P > {threshold:g}" + f", grown into P > {grow:g}" * bool(grow < threshold))
     if len(sizes) > 1:
         raise InputError(f"--checkpoint: these know pixels of {sorted(sizes)} nm, predict with those of one size")
     scale = (args.pixel_size or size) / size
@@ -98,7 +104,7 @@ def load_nets(args, place):
         raise InputError(f"--pixel_size {args.pixel_size:g}: is over 8 times off the {size:g} nm that the weights know")
     if scale != 1:
         print(f"slices are resampled by {scale:g} to the weights' {size:g} nm")
-    return nets, threshold, scale
+    return nets, (threshold, grow), scale
 
 
 def find_slices(args, scale, stacks):
@@ -128,7 +134,7 @@ def main():
         raise InputError("predicts in one process: start it without the launcher, or unset WORLD_SIZE")
     args = parse_args()
     place = begin.pick(args.device)
-    nets, threshold, scale = load_nets(args, place)
+    nets, thresholds, scale = load_nets(args, place)
     smallest = round(SMALLEST / scale**2) if args.min_cell is None else args.min_cell
     stacks = [Path(args.stack)] if args.stack else []
     stacks += [path.with_stem(f"{path.stem}_cells") for path in stacks if args.cells]
@@ -145,7 +151,7 @@ def main():
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)
             probability = predict(nets, image, place, tile=args.tile, tta=args.tta, mirror=args.mirror, scale=scale)
-            mask = probability > threshold
+            mask = find_mask(probability, *thresholds)
             if mask.all() or not mask.any():
                 said.append(f"{folder}/{name}_mask.png is all {'interior' if mask.all() else 'membrane'}")
             if args.cells:

@@ -32,6 +32,7 @@ class Run:
         found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
         self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
+        self.mask = {"threshold": 0.5, "grow": 1.0}  # what find_mask() needs, until validation finds better ones
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
@@ -111,7 +112,7 @@ class Run:
         """The validation slices' scores; {} without slices, None in an epoch that leaves it out.
 
         val_loss is without weights, val_misclassification at P(interior) > 0.5; val_v_rand and val_v_info are at the
-        best threshold of each, val_threshold is that of V_Rand.
+        best threshold of each, val_threshold is that of V_Rand. A mask grows to the best one of misclassification.
         """
         if self.val_set is None:
             return {}
@@ -131,7 +132,9 @@ class Run:
         counts = np.reshape(sums, counts.shape)
         counts[:, :2] /= len(self.val_set)  # V_Rand and V_Info are means over the slices
         found = scores.combine([counts])
-        (v_rand, threshold), (v_info, _) = (scores.best(found, name, thresholds) for name in ("v_rand", "v_info"))
+        names = "v_rand", "v_info", "pixel_misclassification"
+        (v_rand, threshold), (v_info, _), (_, grow) = (scores.best(found, name, thresholds) for name in names)
+        self.mask = {"threshold": threshold, "grow": grow}
         wrong = found["pixel_misclassification"][len(thresholds) // 2]
         named = {"loss": loss / len(self.val_set), "misclassification": wrong, "v_rand": v_rand, "v_info": v_info}
         return {f"val_{name}": value for name, value in (named | {"threshold": threshold}).items()}
@@ -147,7 +150,7 @@ class Run:
         loss = 1 - columns[by] if by == "val_v_rand" else columns[by]
         better = self.best is None or self.best["by"] != by or loss < self.best["loss"]
         if improved := better and val_scores is not None:
-            self.best = {"epoch": self.epoch, "loss": loss, "by": by, "threshold": columns.get("val_threshold", 0.5)}
+            self.best = {"epoch": self.epoch, "loss": loss, "by": by, **self.mask}
         if start.rank:
             return
         row = {"epoch": str(self.epoch), "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}"}  # lr: after the epoch
@@ -167,7 +170,8 @@ class Run:
         model = {name: getattr(self.net, name) for name in ("n_channels", "n_classes", "bilinear", "base_channels")}
         metadata = {"model": model, "optimizer": optimizer, "arguments": self.arguments}
         metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
-        metadata |= {"threshold": (self.best or {}).get("threshold", 0.5), "pixel_size": self.args.pixel_size}
+        mask = {"grow": 1.0} | (self.best or self.mask)  # which older checkpoints' best ones don't say
+        metadata |= {"threshold": mask["threshold"], "grow": mask["grow"], "pixel_size": self.args.pixel_size}
         metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1", "amp": self.amp}
         versions = {"oneflow": flow.__version__, "numpy": np.__version__}
         return tensors, metadata | {"synthetic": is_synthetic(self.args.data_path), "versions": versions}

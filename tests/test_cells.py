@@ -4,7 +4,7 @@ import csv
 
 import predict_unet_test
 from common import checkpoint
-from common.cells import find_cells
+from common.cells import find_cells, find_mask
 from common.images import read_slice
 from common.pictures import write_pictures
 from conftest import release
@@ -142,6 +142,39 @@ def test_cells_are_those_that_lines_part():
     for axis in (0, 1):
         one, other = (np.delete(cells, end, axis) for end in (0, -1))
         assert not ((one != other) & (one > 0) & (other > 0)).any()
+
+
+def test_masks_grow_without_joining_cells(predict, tmp_path):
+    """Each cell of P > T is in one cell of the mask, all of it is P > G; as a checkpoint says, or the flags."""
+    noise = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(80, 100)), (0, 0), 3)
+    image = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    probability = np.float32(image / 255)
+    mask, seeds = find_mask(probability, 0.6, 0.3), probability > 0.6
+    assert (mask >= seeds).all() and (probability[mask] > 0.3).all() and mask.sum() > 1.5 * seeds.sum()
+    count, numbers = cv2.connectedComponents(seeds.astype(np.uint8), connectivity=4)
+    grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    pairs = np.unique(np.stack((numbers, cells))[:, seeds], axis=1)
+    assert count == grown == pairs.shape[1] + 1 > 5
+    # What is left out at P > G is on the lines between cells, or where no cell is.
+    left, near = (probability > 0.3) & ~mask, cv2.dilate(mask.astype(np.uint8), np.ones((3, 3))) > 0
+    _, areas = cv2.connectedComponents(left.astype(np.uint8), connectivity=4)
+    assert left.any() and near[left & np.isin(areas, areas[left & near])].all()
+
+    cv2.imwrite(str(tmp_path / "in/a.png"), image)
+    tensors, _, metadata = checkpoint.read(tmp_path / "w.safetensors")
+    del metadata["further"]
+    checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | {"threshold": 0.6, "grow": 0.3})
+    plain = np.where(seeds, 255, 0)
+    for flags, said, expected in (
+        ((), "P > 0.6, grown into P > 0.3\n", np.uint8(255) * mask),
+        (("--threshold", 0.6), "P > 0.6\n", plain),
+        (("--threshold", 0.6, "--grow", 0.3), "P > 0.6, grown into P > 0.3\n", np.uint8(255) * mask),
+        (("--grow", 1), "P > 0.6\n", plain),
+    ):
+        assert said in predict(*flags).stdout
+        np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out/a_mask.png"), -1), expected)
+    checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | {"grow": "much"})
+    assert "threshold or grow" in predict().stderr
 
 
 def test_outline_and_scale_bar(tmp_path):

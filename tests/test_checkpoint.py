@@ -228,10 +228,10 @@ def test_several_nets_in_a_file(slices, tmp_path):
         train("--epochs", 1, "--seed", seed, "--checkpoint_dir", f"s{seed}", cwd=tmp_path)
     files = [str(tmp_path / f"s{seed}/last.safetensors") for seed in (0, 1)]
     box = str(tmp_path / "box.safetensors")
-    command = [sys.executable, ROOT / "benchmarks/box.py", box, *files, "--threshold", "0.4"]
+    command = [sys.executable, ROOT / "benchmarks/box.py", box, *files, "--threshold", "0.4", "--grow", "0.2"]
     subprocess.run(command, check=True, timeout=120)
     nets, metadata = checkpoint.load_net(box)
-    assert len(nets) == 2 and metadata["threshold"] == 0.4 and metadata["pixel_size"] == 4
+    assert len(nets) == 2 and (metadata["threshold"], metadata["grow"]) == (0.4, 0.2) and metadata["pixel_size"] == 4
     subprocess.run([*command[:2], "again.safetensors", box, *command[4:]], cwd=tmp_path, check=True, timeout=120)
     assert len(checkpoint.load_net(tmp_path / "again.safetensors")[0]) == 3
     image = np.random.default_rng(0).normal(size=(32, 32))

@@ -84,7 +84,7 @@ METADATA = {
     "arguments": [[1], None, 7, {"lr": -1}, {"lr": "x\n--y"}, {"seed": "../x"}, {"crop": "../x"}, {"dropout": 7}],
     "rows": ["x", None, 7, [], [1], [{}], [{"epoch": "1"}], [{"epoch": 1, "train_loss": 0.5}]],
 }
-METADATA["best"].append({**BEST, "loss": 10**400})
+METADATA["best"] += [{**BEST, "loss": 10**400}, {**BEST, "grow": 2}, {**BEST, "grow": "much"}]
 METADATA["optimizer"] += [{"name": "Adam", "state": {"step": step}} for step in ("x", -7, 2**40, None, [], 0.5)]
 METADATA["rows"] += [[{"epoch": "1", "train_loss": loss}] for loss in ("nan", "much", 0.5)]
 HOSTILE = [*TENSORS, *((key, value) for key, values in METADATA.items() for value in values)]

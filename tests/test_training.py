@@ -39,7 +39,7 @@ def test_a_run_trains_logs_and_saves(slices, tmp_path):
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["best.safetensors", "last.safetensors"]
     last, best = metadata_of(tmp_path / LAST), metadata_of(tmp_path / BEST)
-    assert last["epoch"] == 7 and last["threshold"] == last["best"]["threshold"]
+    assert last["epoch"] == 7 and all(last[key] == last["best"][key] for key in ("threshold", "grow"))
     assert last["model"] == dict(n_channels=1, n_classes=1, bilinear=False, base_channels=4)
     assert (last["optimizer"]["name"], last["optimizer"]["state"]["step"]) == ("Adam", 24)
     assert last["arguments"]["crop"] == 48  # what the user left open was found out
@@ -70,6 +70,8 @@ def test_validation_is_the_nets_own_score(slices, tmp_path):
     assert float(row["val_misclassification"]) == pytest.approx(np.mean(errors), abs=1e-6)
     v_rand, threshold = scores.best(found, "v_rand", thresholds)  # as evaluate.py chooses it
     assert (float(row["val_v_rand"]), float(row["val_threshold"])) == pytest.approx((v_rand, threshold), abs=1e-6)
+    _, grow = scores.best(found, "pixel_misclassification", thresholds)
+    assert metadata_of(tmp_path / LAST)["best"]["grow"] == pytest.approx(grow)
 
 
 def test_overfits_two_slices(tmp_path):
