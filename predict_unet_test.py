@@ -130,8 +130,8 @@ def find_slices(args, scale, stacks):
 
 
 def main():
-    if (os.environ.get("WORLD_SIZE") or "1") != "1" and {"RANK", "LOCAL_RANK"} <= os.environ.keys():
-        raise InputError("predicts in one process: start it without the launcher, or unset WORLD_SIZE")
+    if b"distributed.launch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():  # variables may be of a whole pod
+        raise InputError("predicts in one process: start it without the launcher")
     args = parse_args()
     place = begin.pick(args.device)
     nets, thresholds, scale = load_nets(args, place)
@@ -162,7 +162,10 @@ def main():
             write_pictures(folder / name, image, probability, mask, cells, args.overlay == "outline", args.pixel_size)
             for writer, values in zip(writers, (probability, cells), strict=False):
                 writer.write(values, **tags)
-    said += [f"{len(slices)} slices: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png", *map(str, stacks)]
+    said += [
+        f"{len(slices)} slice{'s' * (len(slices) != 1)}: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png",
+        *map(str, stacks),
+    ]
     if args.cells:
         write_table(folder / "cells.csv", tables)
         count = sum(len(columns["cell"]) for columns in tables)

@@ -145,9 +145,9 @@ def saved_flags(args, argv, augmentations):
     if not isinstance(saved, dict) or (args.resume and not kept and "optimizer" not in metadata):
         raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
     said = {word.split("=")[0].removesuffix("_dir") for word in argv}
-    for name in PATHS:
-        if f"--{name}".removesuffix("_dir") not in said and saved.get(name) not in (None, getattr(args, name)):
-            raise InputError(f"{path}: was made with --{name} {saved[name]}, pass --{name}")
+    unsaid = [name for name in PATHS if f"--{name}".removesuffix("_dir") not in said]
+    if other := [f"--{name} {saved[name]}" for name in unsaid if saved.get(name) not in (None, getattr(args, name))]:
+        raise InputError(f"{path}: was made with {' '.join(other)}, pass these flags with what they should be now")
     *_, bilinear, saved["base_channels"] = architecture(path, tensors)
     flags = ["--bilinear"] * bilinear
     for name in RESUMED:

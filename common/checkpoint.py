@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
+from common import start
 from common.arguments import InputError
 from common.files import write_whole
 from unet import UNet
@@ -108,7 +109,7 @@ def named_as_ours(path, tensors):
     if biases.isdisjoint(found):
         found |= {name: np.zeros(own[name].shape, np.float32) for name in biases}
         said.append("its 3x3 convolutions have no biases")
-    if said:
+    if said and start.rank == 0:
         print(f"{path}: weights that others trained: {'; '.join(said)}")
     counts = {name: np.zeros((), np.int64) for name in own if name.endswith("num_batches_tracked")}
     return {name: tensor for name, tensor in (counts | found).items() if name in own}

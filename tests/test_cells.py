@@ -120,7 +120,7 @@ def test_nothing_half_written(predict, tmp_path, monkeypatch):
 
 def test_no_cell_where_there_is_no_interior(predict, tmp_path):
     """All membrane: no cell has a number, nothing is coloured, the table is its header."""
-    noise = np.random.default_rng(0).integers(0, 100, (40, 50)).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(1, 100, (40, 50)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "in/a.png"), noise)
     done = predict("--cells", "--min_cell", 0)
     assert "a_mask.png is all membrane" in done.stdout and "0 cells of " in done.stdout
@@ -128,6 +128,7 @@ def test_no_cell_where_there_is_no_interior(predict, tmp_path):
     colours = cv2.imread(str(tmp_path / "out/a_colours.png"))
     assert (colours == colours[:, :, :1]).all()
     assert (tmp_path / "out/cells.csv").read_text().count("\n") == 1
+    assert "a_mask.png is all interior" in predict("--threshold", 0).stdout
 
 
 def test_cells_are_those_that_lines_part():

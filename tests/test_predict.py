@@ -240,8 +240,9 @@ def test_what_weights_are_used_is_said(trained, tmp_path):
 
 def test_a_launchers_variables_are_no_matter(trained):
     """In a pod or a shell that sets WORLD_SIZE, prediction is one process as ever."""
-    for variables in ({"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
-        env = {**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    pod = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for size in ("2", ""):
+        env = {**os.environ, **pod, "WORLD_SIZE": size, "OMP_NUM_THREADS": "1"}
         given = ("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "w")
         done = script("predict_unet_test.py", "--device", "cpu", *given, cwd=trained, env=env, timeout=60)
         assert done.returncode == 0 and done.stderr == "", done.stderr
