@@ -32,7 +32,8 @@ class Run:
         found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
         self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
-        self.mask = {"threshold": 0.5, "grow": 1.0}  # what find_mask() needs, until validation finds better ones
+        # What find_mask() needs. Validation finds better ones; these were best with border weights (docs/recipe.md).
+        self.mask = {"threshold": 0.45, "grow": 0.2} if args.border_weight == 10 else {"threshold": 0.5, "grow": 1.0}
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))

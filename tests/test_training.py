@@ -122,7 +122,7 @@ def test_one_run_a_file(shared, slices, tmp_path):
 
 
 def test_border_weights_reach_the_loss(slices, tmp_path):
-    """The first epoch's loss of one step is the weighted mean of the untrained net's losses."""
+    """The first epoch's loss of one step is the weighted mean of the untrained net's losses; masks are as for those."""
     flags = ("--batch_size", 6, "--epochs", 1, "--augment", "--crop", 0, "--seed", 3, "--amp", "off")
     train(*flags, "--border_weight", 30, "--dropout", 0, cwd=tmp_path)
     begin.seed_everything(3)
@@ -134,6 +134,10 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     (row,) = rows_of(tmp_path / "Unet_train.csv")
     assert float(row["train_loss"]) == pytest.approx((losses * weight).mean(), abs=1e-5)
     assert abs(losses.mean() - (losses * weight).mean()) > 1e-3
+    masks = [metadata_of(tmp_path / BEST)]
+    train("--epochs", 1, cwd=tmp_path)
+    masks.append(metadata_of(tmp_path / BEST))
+    assert [(mask["threshold"], mask["grow"]) for mask in masks] == [(0.5, 1.0), (0.45, 0.2)]  # weights of 30, 10
 
 
 def test_dropout_reaches_the_net(slices, tmp_path, monkeypatch):
