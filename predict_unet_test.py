@@ -52,8 +52,13 @@ def parse_args():
     add("--cells", action="store_true", help="number, colour, count the cells; with --stack in FILE_cells.tif as well")
     text = f"leave out cells under N pixels of the mask (default: {SMALLEST} of the weights' pixels)"
     add("--min_cell", type=number(int, 0), metavar="N", help=text)
-    add("--threshold", type=number(float, 0, 1), metavar="T", help="interior is P > T (default: the checkpoint's)")
-    text = "and grows into P > G, as long as cells don't meet (default: the checkpoint's, or with --threshold T that T)"
+    add(
+        "--threshold",
+        type=number(float, 0, 1),
+        metavar="T",
+        help="interior is P > T, no more (default: the checkpoint's)",
+    )
+    text = "and grows into P > G where cells don't meet; from T on: not at all (default: the checkpoint's)"
     add("--grow", type=number(float, 0, 1), metavar="G", help=text)
 
     add = parser.add_argument_group("how it is computed").add_argument
@@ -71,15 +76,15 @@ def parse_args():
 
 
 def load_nets(args, place):
-    """The checkpoints' nets, the mean of what find_mask() needs, a slice's pixel over theirs. Raises InputError."""
+    """The checkpoints' nets, (threshold, grow), a slice's pixel over theirs. Raises InputError."""
     paths = args.checkpoint or [OWN if OWN.exists() or not BOXED.exists() else BOXED]
-    nets, thresholds, sizes = [], [], set()
+    nets, masks, sizes = [], [], set()
     for path in paths:
         found, metadata = load_net(path, trust_pickle=args.trust_pickle)
         threshold, size = metadata.get("threshold", 0.5), metadata.get("pixel_size", PIXEL_SIZE)
-        both = threshold, metadata.get("grow", threshold)
-        sound = all(isinstance(n, int | float) for n in (*both, size)) and size > 0
-        if not sound or not all(0 <= n <= 1 for n in both):
+        grow = metadata.get("grow", threshold)
+        numbers = all(isinstance(n, int | float) for n in (threshold, grow, size))
+        if not (numbers and 0 <= threshold <= 1 and 0 <= grow <= 1 and 1e-3 <= size <= 1e6):
             raise InputError(f"{path}: its threshold or grow is no number from 0 to 1, or its pixel_size none above 0")
         amp = begin.mixed_precision(args, place, wanted=metadata.get("amp") is True)
         for net in found if isinstance(found, list) else [found]:
@@ -87,14 +92,14 @@ def load_nets(args, place):
                 raise InputError(f"{path}: has {net.n_channels} channels and {net.n_classes} classes, not one of each")
             net.to(place)
             nets.append(accelerate(net, amp) if args.cpu_kernels == "auto" else net)
-        thresholds.append(both)
+        masks.append((threshold, min(threshold, grow)))
         sizes.add(size)
         arguments, epoch = metadata.get("arguments"), metadata.get("epoch")
         ours = isinstance(arguments, dict) and isinstance(epoch, int)  # a stranger may have written them
         print(f"weights: {path}" + (f", after {epoch - 1} epochs on {arguments.get('data_path')!a}" if ours else ""))
         if metadata.get("synthetic") is True and not begin.is_synthetic(args.Test_Data_path):
             print(f"{path} knows SYNTHETIC slices only, no tissue: --checkpoint {BOXED} was trained on some")
-    threshold, grow = np.mean(thresholds, axis=0) if args.threshold is None else [args.threshold] * 2
+    threshold, grow = np.mean(masks, axis=0) if args.threshold is None else [args.threshold] * 2
     grow = grow if args.grow is None else args.grow
     print(f"interior is P > {threshold:g}" + f", grown into P > {grow:g}" * bool(grow < threshold))
     if len(sizes) > 1:
@@ -130,11 +135,11 @@ def find_slices(args, scale, stacks):
 
 
 def main():
-    if b"distributed.launch" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():  # variables may be of a whole pod
+    if start.launched():
         raise InputError("predicts in one process: start it without the launcher")
     args = parse_args()
     place = begin.pick(args.device)
-    nets, thresholds, scale = load_nets(args, place)
+    nets, (threshold, grow), scale = load_nets(args, place)
     smallest = round(SMALLEST / scale**2) if args.min_cell is None else args.min_cell
     stacks = [Path(args.stack)] if args.stack else []
     stacks += [path.with_stem(f"{path.stem}_cells") for path in stacks if args.cells]
@@ -151,7 +156,7 @@ def main():
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = read_slice(file, page)
             probability = predict(nets, image, place, tile=args.tile, tta=args.tta, mirror=args.mirror, scale=scale)
-            mask = find_mask(probability, *thresholds)
+            mask = find_mask(probability, threshold, grow)
             if mask.all() or not mask.any():
                 said.append(f"{folder}/{name}_mask.png is all {'interior' if mask.all() else 'membrane'}")
             if args.cells:
@@ -162,10 +167,7 @@ def main():
             write_pictures(folder / name, image, probability, mask, cells, args.overlay == "outline", args.pixel_size)
             for writer, values in zip(writers, (probability, cells), strict=False):
                 writer.write(values, **tags)
-    said += [
-        f"{len(slices)} slice{'s' * (len(slices) != 1)}: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png",
-        *map(str, stacks),
-    ]
+    said += [f"{len(slices)} slices: {folder}/NAME_prob.png, NAME_mask.png, NAME_overlay.png", *map(str, stacks)]
     if args.cells:
         write_table(folder / "cells.csv", tables)
         count = sum(len(columns["cell"]) for columns in tables)

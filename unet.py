@@ -1,7 +1,7 @@
 """The U-Net of Ronneberger, Fischer and Brox (2015), arXiv:1505.04597, figure 1.
 
-Differences from the paper, both usual today: 3x3 convolutions are padded, so that the output is
-as large as the input, and each is followed by batch normalisation (Ioffe and Szegedy, 2015).
+Differences from the paper, both usual today: 3x3 convolutions are padded, so that the output is as large as the input,
+and each is followed by batch normalisation (Ioffe and Szegedy, 2015).
 
     from unet import UNet
     net = UNet(n_channels=1, n_classes=1, bilinear=False)   # 31,042,369 parameters
@@ -91,9 +91,8 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Doubles the sides, puts the skip connection in front, then DoubleConv.
 
-    `in_channels` counts the channels after the concatenation: half of them come from the skip.
-    The transposed convolution halves the channels itself. Bilinear upsampling can't, so there the
-    level below has to arrive with in_channels // 2 already.
+    `in_channels` counts the channels after the concatenation: half of them come from the skip. The transposed
+    convolution halves the channels itself. Bilinear upsampling can't: there the level below has in_channels // 2.
     """
 
     def __init__(self, in_channels, out_channels, bilinear=True):
@@ -124,14 +123,12 @@ class OutConv(nn.Module):
 class UNet(nn.Module):
     """Image (N, n_channels, H, W), float32 -> logits (N, n_classes, H, W), float32.
 
-    H and W are any numbers from 16 up; they need not be multiples of 16. P(class) is
-    sigmoid(logit), which is left to the caller: the loss wants logits.
+    H and W are any numbers from 16 up. P(class) is sigmoid(logit), which is left to the caller: the loss wants logits.
 
     n_channels: channels of the image, 1 for an electron micrograph.
     n_classes: channels of the output, 1 for interior against membrane.
-    bilinear: upsample by interpolation (True) or by a learned 2x2 transposed convolution (False,
-        the paper's way). Interpolation can't halve the channels, so the bilinear net's levels
-        hand half as many to the level above; its deepest level has 8b instead of 16b channels.
+    bilinear: upsample by interpolation (True) or by a learned 2x2 transposed convolution (False, the paper's way). The
+        bilinear net's levels hand half as many channels to the level above; its deepest level has 8b instead of 16b.
     base_channels: b, the width of the first level; the levels have b, 2b, 4b, 8b, 16b channels.
     dropout: the share of numbers that training sets to 0 after each of the two deepest levels.
 
@@ -160,10 +157,7 @@ class UNet(nn.Module):
     def forward(self, x):
         if min(x.shape[2:]) < MIN_SIDE:
             # OneFlow would abort the process in the fourth pooling.
-            raise ValueError(
-                f"an image of {x.shape[2]} x {x.shape[3]} pixels is too small for this U-Net: "
-                f"both sides must be at least {MIN_SIDE} pixels"
-            )
+            raise ValueError(f"{x.shape[2]} x {x.shape[3]} pixels are too few for this U-Net: a side needs {MIN_SIDE}")
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)

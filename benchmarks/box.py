@@ -24,20 +24,21 @@ def main():
     parser.add_argument("out")
     parser.add_argument("nets", nargs="+", metavar="FILE")
     parser.add_argument("--threshold", type=number(float, 0, 1), required=True, help="of the mask: interior is P > T")
-    parser.add_argument("--grow", type=number(float, 0, 1), default=1, help="and grows into P > G")
+    parser.add_argument("--grow", type=number(float, 0, 1), help="and grows into P > G (default: it does not)")
     args = parser.parse_args()
     nets, metadata, tensors = [], {}, {}
+    mask = {"threshold": args.threshold, "grow": args.threshold if args.grow is None else args.grow}
     for path in args.nets:
         net, _, of_net = checkpoint.read(path)
         nets += [net, *of_net["further"].values()]
-        metadata = metadata or {key: of_net[key] for key in KEPT if key in of_net}
+        metadata = metadata or {key: of_net[key] for key in KEPT if key in of_net} | mask
         if of_net.get("pixel_size", 4) != metadata.get("pixel_size", 4):
             raise InputError(f"{path}: knows pixels of another size than {args.nets[0]}")
     for number_of_net, net in enumerate(nets):
         for name, array in net.items():
             key = f"further.{number_of_net}.{name}" if number_of_net else name
             tensors[key] = array.astype(np.float16) if array.ndim == 4 else array
-    checkpoint.write(args.out, tensors, metadata | {"threshold": args.threshold, "grow": args.grow})
+    checkpoint.write(args.out, tensors, metadata)
 
 
 if __name__ == "__main__":

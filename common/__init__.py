@@ -13,6 +13,5 @@ if missing:
 
 # A script of this repository that is being started, and nobody else who imports this: until start.run() has its own
 # answer to Ctrl-C, that ends the script without a traceback.
-names = ["TrainUnetDataSet", "ddp_train", "graph_train", "predict_unet_test", "evaluate", "plot", "data/prepare"]
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve() in [ROOT / f"{name}.py" for name in names]:
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (ROOT, ROOT / "data"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -183,8 +183,9 @@ def resume(path, net, optimizer):
         sound &= all(0 <= number < 2**31 for number in saved["state"].values())
         sound &= type(epoch) is int and 0 < epoch < 2**31 and (older or rows[-1]["epoch"] == str(epoch - 1))
         sound &= all({*map(type, row.values())} == {str} and float(row["train_loss"]) >= 0 for row in rows)
-        sound &= best is None or ("by" in best and math.isfinite(best["loss"]))
-        sound &= best is None or (0 <= best["threshold"] <= 1 and 0 <= best.get("grow", 1) <= 1)
+        if best is not None:
+            sound &= "by" in best and math.isfinite(best["loss"])
+            sound &= 0 <= best["threshold"] <= 1 and 0 <= best.get("grow", 0) <= 1
     except SENSELESS:
         sound = False
     if not sound:

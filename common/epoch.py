@@ -32,8 +32,9 @@ class Run:
         found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
         self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
-        # What find_mask() needs. Validation finds better ones; these were best with border weights (docs/recipe.md).
-        self.mask = {"threshold": 0.45, "grow": 0.2} if args.border_weight == 10 else {"threshold": 0.5, "grow": 1.0}
+        # What find_mask() needs, until validation finds better ones: docs/recipe.md has what border weights want.
+        self.mask = dict.fromkeys(("threshold", "grow"), 0.5)
+        self.mask |= {"threshold": 0.45, "grow": 0.2} if args.border_weight >= 10 else {}
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
@@ -113,7 +114,7 @@ class Run:
         """The validation slices' scores; {} without slices, None in an epoch that leaves it out.
 
         val_loss is without weights, val_misclassification at P(interior) > 0.5; val_v_rand and val_v_info are at the
-        best threshold of each, val_threshold is that of V_Rand. A mask grows to the best one of misclassification.
+        best threshold of each, val_threshold is that of V_Rand. The mask's `grow` is that of misclassification.
         """
         if self.val_set is None:
             return {}
@@ -135,7 +136,7 @@ class Run:
         found = scores.combine([counts])
         names = "v_rand", "v_info", "pixel_misclassification"
         (v_rand, threshold), (v_info, _), (_, grow) = (scores.best(found, name, thresholds) for name in names)
-        self.mask = {"threshold": threshold, "grow": grow}
+        self.mask = {"threshold": threshold, "grow": min(threshold, grow)}
         wrong = found["pixel_misclassification"][len(thresholds) // 2]
         named = {"loss": loss / len(self.val_set), "misclassification": wrong, "v_rand": v_rand, "v_info": v_info}
         return {f"val_{name}": value for name, value in (named | {"threshold": threshold}).items()}
@@ -171,8 +172,9 @@ class Run:
         model = {name: getattr(self.net, name) for name in ("n_channels", "n_classes", "bilinear", "base_channels")}
         metadata = {"model": model, "optimizer": optimizer, "arguments": self.arguments}
         metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
-        mask = {"grow": 1.0} | (self.best or self.mask)  # which older checkpoints' best ones don't say
-        metadata |= {"threshold": mask["threshold"], "grow": mask["grow"], "pixel_size": self.args.pixel_size}
+        best = self.best or self.mask  # of older checkpoints without `grow`
+        metadata |= {"threshold": best["threshold"], "grow": best.get("grow", best["threshold"])}
+        metadata["pixel_size"] = self.args.pixel_size
         metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1", "amp": self.amp}
         versions = {"oneflow": flow.__version__, "numpy": np.__version__}
         return tensors, metadata | {"synthetic": is_synthetic(self.args.data_path), "versions": versions}

@@ -29,8 +29,8 @@ def run(main):
 
     By `os._exit`: OneFlow's own shutdown hangs now and then, and where another process waits for this one, always.
     """
-    global main_process, stderr
-    main_process, stderr = os.getpid(), os.dup(2)
+    global stderr
+    stderr = os.dup(2)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8
@@ -94,9 +94,10 @@ def complain(message, code=None):
 
 def join():
     """Become the process that the launcher's environment says; ends it where OneFlow wouldn't find the others."""
-    global rank, processes, patience
+    global rank, processes, patience, stderr
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
+    stderr = os.dup(2)
     try:
         names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
         processes, rank, local, port = (int(os.environ[name]) for name in names)
@@ -110,6 +111,14 @@ def join():
         patience = min(max(0.1, float(dict(pairwise(words)).get("--rank_timeout", 1800))), 1e6)
     find_master(local == rank, address, port, max(patience, 10))
     got_further(max(patience, 30))  # it may take OneFlow 10 seconds to look again
+
+
+def launched():
+    """Whether oneflow.distributed.launch started this as one of several. Its variables may be those of a whole pod."""
+    with suppress(OSError):  # a parent may be hidden
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+        several = (os.environ.get("WORLD_SIZE") or "1") != "1"
+        return several and any(word.endswith((b"distributed.launch", b"distributed/launch.py")) for word in words)
 
 
 def find_master(same_host, address, port, seconds):

@@ -145,37 +145,53 @@ def test_cells_are_those_that_lines_part():
         assert not ((one != other) & (one > 0) & (other > 0)).any()
 
 
-def test_masks_grow_without_joining_cells(predict, tmp_path):
-    """Each cell of P > T is in one cell of the mask, all of it is P > G; as a checkpoint says, or the flags."""
+@pytest.mark.parametrize("seed", range(5))
+def test_masks_grow_where_cells_dont_meet(seed):
+    """Each cell of the mask has one of P > T in it and all of that, is P > G, and touches no other, not at a corner."""
+    noise = cv2.GaussianBlur(np.random.default_rng(seed).normal(size=(80, 100)), (0, 0), 3)
+    probability = np.float32(cv2.normalize(noise, None, 0, 1, cv2.NORM_MINMAX))
+    mask, found = find_mask(probability, 0.6, 0.3), probability > 0.6
+    assert (mask >= found).all() and (probability[mask] > 0.3).all() and mask.sum() > 1.5 * found.sum()
+    for connectivity in (4, 8):
+        count, numbers = cv2.connectedComponents(found.astype(np.uint8), connectivity=connectivity)
+        grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=connectivity)
+        pairs = np.unique(np.stack((numbers, cells))[:, found], axis=1)
+        assert count == grown == pairs.shape[1] + 1 > 5
+    assert np.array_equal(find_mask(probability, 0.6, 0.6), found)
+    assert not find_mask(probability * 0.5, 0.6, 0.2).any()
+
+
+def test_cells_meet_at_the_ridge():
+    """The line between two cells is where P is lowest, wherever that is between them."""
+    rows = np.float32([0.9] * 5 + [0.44, 0.4, 0.38, 0.36, 0.34, 0.32, 0.3, 0.33] + [0.9] * 5)
+    mask = find_mask(np.repeat(rows[:, None], 30, axis=1), 0.5, 0.2)
+    np.testing.assert_array_equal(np.flatnonzero(~mask.all(1)), [11])
+    assert not mask[11].any()
+
+
+def test_masks_are_as_checkpoint_and_flags_say(predict, tmp_path):
+    """--threshold alone is P > T and no more; of several files the means count; odd numbers are refused in a line."""
     noise = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(80, 100)), (0, 0), 3)
     image = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
     probability = np.float32(image / 255)
-    mask, seeds = find_mask(probability, 0.6, 0.3), probability > 0.6
-    assert (mask >= seeds).all() and (probability[mask] > 0.3).all() and mask.sum() > 1.5 * seeds.sum()
-    count, numbers = cv2.connectedComponents(seeds.astype(np.uint8), connectivity=4)
-    grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
-    pairs = np.unique(np.stack((numbers, cells))[:, seeds], axis=1)
-    assert count == grown == pairs.shape[1] + 1 > 5
-    # What is left out at P > G is on the lines between cells, or where no cell is.
-    left, near = (probability > 0.3) & ~mask, cv2.dilate(mask.astype(np.uint8), np.ones((3, 3))) > 0
-    _, areas = cv2.connectedComponents(left.astype(np.uint8), connectivity=4)
-    assert left.any() and near[left & np.isin(areas, areas[left & near])].all()
-
     cv2.imwrite(str(tmp_path / "in/a.png"), image)
     tensors, _, metadata = checkpoint.read(tmp_path / "w.safetensors")
     del metadata["further"]
     checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | {"threshold": 0.6, "grow": 0.3})
-    plain = np.where(seeds, 255, 0)
-    for flags, said, expected in (
-        ((), "P > 0.6, grown into P > 0.3\n", np.uint8(255) * mask),
-        (("--threshold", 0.6), "P > 0.6\n", plain),
-        (("--threshold", 0.6, "--grow", 0.3), "P > 0.6, grown into P > 0.3\n", np.uint8(255) * mask),
-        (("--grow", 1), "P > 0.6\n", plain),
+    checkpoint.write(tmp_path / "old.safetensors", tensors, metadata | {"threshold": 0.4})
+    for flags, said, threshold, grow in (
+        ((), "P > 0.6, grown into P > 0.3\n", 0.6, 0.3),
+        (("--threshold", 0.6), "P > 0.6\n", 0.6, 0.6),
+        (("--threshold", 0.7, "--grow", 0.2), "P > 0.7, grown into P > 0.2\n", 0.7, 0.2),
+        (("--grow", 1), "P > 0.6\n", 0.6, 1),
+        (("--checkpoint", "w.safetensors", "old.safetensors"), "P > 0.5, grown into P > 0.35\n", 0.5, 0.35),
     ):
         assert said in predict(*flags).stdout
-        np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out/a_mask.png"), -1), expected)
-    checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | {"grow": "much"})
-    assert "threshold or grow" in predict().stderr
+        mask = cv2.imread(str(tmp_path / "out/a_mask.png"), -1)
+        np.testing.assert_array_equal(mask, np.uint8(255) * find_mask(probability, threshold, grow))
+    for wrong in ({"grow": "much"}, {"threshold": -1}, {"pixel_size": float("inf")}, {"pixel_size": 10**400}):
+        checkpoint.write(tmp_path / "w.safetensors", tensors, metadata | wrong)
+        assert "threshold or grow" in predict("--pixel_size", 4).stderr
 
 
 def test_outline_and_scale_bar(tmp_path):

@@ -11,6 +11,7 @@ from conftest import BEST, LAST, ROOT, assert_same_run, metadata_of, python, res
 import numpy as np
 import oneflow as flow
 import pytest
+import safetensors.numpy
 from oneflow import nn, optim
 
 
@@ -127,6 +128,8 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         rest = (word for pair in paths.items() if pair[0] != left_out for word in pair)
         with pytest.raises(InputError, match=left_out):
             train("--resume", last, "--epochs", 2, *rest, cwd=tmp_path, small=())
+    with pytest.raises(InputError, match=r"with --val_path .* --checkpoint_dir mine --log_file mine\.txt, pass"):
+        train("--resume", last, "--epochs", 2, cwd=tmp_path, small=())
 
     tensors, metadata = tensors_of(last), metadata_of(last)
     hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
@@ -232,6 +235,12 @@ def test_several_nets_in_a_file(slices, tmp_path):
     subprocess.run(command, check=True, timeout=120)
     nets, metadata = checkpoint.load_net(box)
     assert len(nets) == 2 and (metadata["threshold"], metadata["grow"]) == (0.4, 0.2) and metadata["pixel_size"] == 4
+    other = tmp_path / "other.safetensors"
+    checkpoint.write(other, tensors_of(files[0]), metadata_of(files[0]) | {"pixel_size": 5.0})
+    safetensors.numpy.save_file(tensors_of(files[0]), tmp_path / "bare.safetensors")
+    for some in ([files[0], other], [tmp_path / "bare.safetensors", other]):
+        done = subprocess.run([*command[:2], "no", *some, *command[5:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "other.safetensors: knows pixels of another size" in done.stderr
     subprocess.run([*command[:2], "again.safetensors", box, *command[4:]], cwd=tmp_path, check=True, timeout=120)
     assert len(checkpoint.load_net(tmp_path / "again.safetensors")[0]) == 3
     image = np.random.default_rng(0).normal(size=(32, 32))

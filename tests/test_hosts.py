@@ -12,7 +12,7 @@ import sys
 import time
 
 from common import checkpoint
-from conftest import LAST, ROOT, SMALL, assert_same_checkpoint, launch, metadata_of, tensors_of
+from conftest import LAST, ROOT, SMALL, assert_same_checkpoint, launch, metadata_of, python, tensors_of
 from test_ddp import DRIVER
 
 import numpy as np
@@ -154,3 +154,20 @@ def test_a_cable_that_is_cut(hosts, slices, tmp_path):
     for host in hosts:
         assert "Timeout (0:00:04)" in host.output.read_text()
     checkpoint.load_net(folders[0] / LAST)
+
+
+def test_the_watchdog_is_heard_while_oneflow_begins(tmp_path):
+    """Who waits for other ranks has descriptor 2 silenced meanwhile: the watchdog's word is seen all the same."""
+    program = """
+import os, time
+os.environ |= {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+from common import start
+from common.images import quiet_stderr
+start.find_master = lambda *_: None
+start.join()
+with quiet_stderr():
+    start.got_further(0.2)
+    time.sleep(20)
+"""
+    done = python(program, cwd=tmp_path)
+    assert done.returncode == 1 and "Timeout" in done.stderr

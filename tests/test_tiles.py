@@ -62,9 +62,8 @@ def test_a_frame_changes_nothing_within(value):
     tissue = np.random.default_rng(0).integers(1, 255, (90, 100)).astype(np.uint8)
     rim = np.ones(tissue.shape, bool)
     rim[1:-1, 1:-1] = False
-    tissue[rim] = np.random.default_rng(1).integers(
-        130, 150, rim.sum()
-    )  # so that no pixel of tissue at the frame has its value
+    # So that no pixel of tissue at the frame has its value.
+    tissue[rim] = np.random.default_rng(1).integers(130, 150, rim.sum())
     framed = np.full((200, 180), value, np.uint8)
     framed[57:147, 33:133] = tissue
     found = tiles.predict(net, framed, tile=0)
