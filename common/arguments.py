@@ -95,7 +95,8 @@ def training_parser(doc, augmentations):
     add("--lr", type=number(float, 1e-30, 1e38), default=1e-3, help="learning rate")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="whether it falls to 0 or stays")
     add("--crop", type=number(int, 0), help="side of the random crops; 0: whole slices (default: 256 at most)")
-    add("--augment", nargs="*", choices=augmentations, default=["flip", "rotate"], help="at random; no value: nothing")
+    text = "at random; no value: nothing (default: all)"
+    add("--augment", nargs="*", choices=augmentations, default=list(augmentations), help=text)
     add("--border_weight", type=number(float, 0, 1e6), default=10.0, help="extra loss on membrane between near cells")
     add("--seed", type=number(int, 0), default=0, help="of all that is random")
     add("--rank_timeout", type=number(float, 0.1), default=1800.0, help="seconds that processes wait for one another")

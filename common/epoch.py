@@ -32,9 +32,8 @@ class Run:
         found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
         self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
-        # What find_mask() needs, until validation finds better ones: docs/recipe.md has what border weights want.
-        self.mask = dict.fromkeys(("threshold", "grow"), 0.5)
-        self.mask |= {"threshold": 0.45, "grow": 0.2} if args.border_weight >= 10 else {}
+        # What find_mask() needs, until validation finds better ones: docs/recipe.md says what border weights want.
+        self.mask = {"threshold": 0.5, "grow": 0.15 if args.border_weight >= 10 else 0.5}
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
