@@ -20,7 +20,7 @@ def find_mask(probability, threshold, grow):
     """P(interior) (H, W), float32 -> mask (H, W), bool: P > threshold, grown into P > grow where cells don't meet.
 
     Nets trained with border weights part cells best at one threshold, and draw membranes as thick as people do at a
-    lower one (docs/recipe.md). Cells meet at the ridge of low P; not even their corners touch there.
+    lower one (docs/recipe.md). Cells (4-connected) meet at the ridge of low P.
     """
     found = probability > threshold
     if grow >= threshold:
@@ -28,7 +28,7 @@ def find_mask(probability, threshold, grow):
     inside = cv2.erode(found.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0
     where = (probability > grow) & ~inside  # the watershed is slow
     cells = components(found, connectivity=1)
-    grown = watershed(np.uint8(255 * (1 - probability)), cells, 2, mask=where, watershed_line=True) > 0
+    grown = watershed(np.uint8(255 * (1 - probability)), cells, mask=where, watershed_line=True) > 0
     parts = components(grown | found, connectivity=1)
     return np.isin(parts, np.unique(parts[found]))  # lines cut off single pixels
 

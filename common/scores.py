@@ -14,7 +14,7 @@ from skimage.metrics import contingency_table
 from skimage.segmentation import watershed
 
 THRESHOLDS = np.arange(11) / 10
-SMALLEST = 150  # pixels of the weights: of smaller cells most are none, see docs/cells.md
+SMALLEST = 200  # pixels of the weights: of smaller cells most are none, see docs/cells.md
 
 # Each score: what it is called, and whether more is better.
 SCORES = {

@@ -82,7 +82,7 @@ def test_the_default_is_of_the_weights_pixels(predict, tmp_path):
     """What a speck is doesn't depend on the slices' pixels where these are said; of a slice whose name isn't UTF-8."""
     draw(tmp_path / "in/0.png")
     (tmp_path / "in/0.png").rename(tmp_path / "in/\udce4.png")
-    for flags, pixels in (((), 150), (("--pixel_size", 2.5), 600), (("--pixel_size", 10), 38)):
+    for flags, pixels in (((), 200), (("--pixel_size", 2.5), 800), (("--pixel_size", 10), 50)):
         said = predict("--cells", *flags).stdout
         assert f" cells of {pixels} pixels or more" in said
         assert ("slices are resampled by " in said) == bool(flags)
@@ -147,16 +147,18 @@ def test_cells_are_those_that_lines_part():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_masks_grow_where_cells_dont_meet(seed):
-    """Each cell of the mask has one of P > T in it and all of that, is P > G, and touches no other, not at a corner."""
+    """Each cell of the mask has one of P > T in it and all of that, and is P > G; a wide slope takes no time."""
     noise = cv2.GaussianBlur(np.random.default_rng(seed).normal(size=(80, 100)), (0, 0), 3)
     probability = np.float32(cv2.normalize(noise, None, 0, 1, cv2.NORM_MINMAX))
     mask, found = find_mask(probability, 0.6, 0.3), probability > 0.6
     assert (mask >= found).all() and (probability[mask] > 0.3).all() and mask.sum() > 1.5 * found.sum()
-    for connectivity in (4, 8):
-        count, numbers = cv2.connectedComponents(found.astype(np.uint8), connectivity=connectivity)
-        grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=connectivity)
-        pairs = np.unique(np.stack((numbers, cells))[:, found], axis=1)
-        assert count == grown == pairs.shape[1] + 1 > 5
+    count, numbers = cv2.connectedComponents(found.astype(np.uint8), connectivity=4)
+    grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    pairs = np.unique(np.stack((numbers, cells))[:, found], axis=1)
+    assert count == grown == pairs.shape[1] + 1 > 5
+    # Lines that skimage draws with connectivity 2 would take it all of the memory here.
+    large = cv2.resize(probability, (1200, 1000), interpolation=cv2.INTER_CUBIC)
+    assert abs(find_mask(large, 0.6, 0.3).mean() - mask.mean()) < 0.08
     assert np.array_equal(find_mask(probability, 0.6, 0.6), found)
     assert not find_mask(probability * 0.5, 0.6, 0.2).any()
 

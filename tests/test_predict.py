@@ -10,6 +10,7 @@ import predict_unet_test
 from common import checkpoint, tiles
 from common.arguments import InputError
 from common.begin import pick
+from common.cells import find_mask
 from common.images import normalise, read_slice
 from conftest import ROOT, launch, one_line, release, script, train, write_pairs
 from inside import run_inside
@@ -164,15 +165,15 @@ def test_weights_in_the_box(tmp_path):
     assert boxed.stat().st_size < 16e6
     _, moments, metadata = checkpoint.read(boxed)
     assert not moments
-    net, _ = checkpoint.load_net(boxed)
-    assert net.base_channels == metadata["model"]["base_channels"]
-    assert metadata["threshold"] == 0.5  # as README says
+    nets, _ = checkpoint.load_net(boxed)
+    assert [net.base_channels for net in nets] == [metadata["model"]["base_channels"]] * 2
+    assert (metadata["threshold"], metadata["grow"]) == (0.5, 0.15)  # as README says
     assert metadata["arguments"]["data_path"] == "data/train_image"
     # It finds the synthetic sample's membranes, which look like those that it has seen.
     script("data/prepare.py", "sample", "--out", tmp_path, cwd=tmp_path)
     image = read_slice(tmp_path / "test_image/0.png")
     interior = read_slice(tmp_path / "test_label/0.png") > 0
-    found = tiles.predict(net.eval(), image) > 0.5
+    found = find_mask(tiles.predict(nets, image), 0.5, 0.15)
     assert (found != interior).mean() < 0.1 < 0.15 < (~interior).mean()
 
 
