@@ -157,7 +157,10 @@ class UNet(nn.Module):
     def forward(self, x):
         if min(x.shape[2:]) < MIN_SIDE:
             # OneFlow would abort the process in the fourth pooling.
-            raise ValueError(f"{x.shape[2]} x {x.shape[3]} pixels are too few for this U-Net: a side needs {MIN_SIDE}")
+            size = f"{x.shape[2]} x {x.shape[3]}"
+            raise ValueError(
+                f"{size} pixels are too small for this U-Net: both sides must be at least {MIN_SIDE} pixels"
+            )
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)
