@@ -52,13 +52,9 @@ def parse_args():
     add("--cells", action="store_true", help="number, colour, count the cells; with --stack in FILE_cells.tif as well")
     text = f"leave out cells under N pixels of the mask (default: {SMALLEST} of the weights' pixels)"
     add("--min_cell", type=number(int, 0), metavar="N", help=text)
-    add(
-        "--threshold",
-        type=number(float, 0, 1),
-        metavar="T",
-        help="interior is P > T, no more (default: the checkpoint's)",
-    )
-    text = "and grows into P > G where cells don't meet; from T on: not at all (default: the checkpoint's)"
+    text = "interior is P > T, without growing (default: the checkpoint's)"
+    add("--threshold", type=number(float, 0, 1), metavar="T", help=text)
+    text = "interior grows into P > G where cells don't meet; G of T or more: not at all (default: the checkpoint's)"
     add("--grow", type=number(float, 0, 1), metavar="G", help=text)
 
     add = parser.add_argument_group("how it is computed").add_argument
