@@ -1,8 +1,5 @@
-"""Synthetic serial sections of tissue, with labels, to try the scripts on: data/prepare.py writes them to files.
-
-Dark membranes of varying width part cells full of grain; vesicles and mitochondria are as dark, and interior in the
-label, so that no grey level tells the two. Scores on them mean nothing for real tissue.
-"""
+"""Synthetic serial sections of tissue and their labels; scores on them mean nothing for real tissue. Membranes of
+varying width part grainy cells; vesicles and mitochondria in these are as dark, so that no grey level tells the two."""
 
 import cv2
 import numpy as np
@@ -16,19 +13,8 @@ def noise(rng, sigma):
     return (smooth - smooth.mean()) / smooth.std()
 
 
-def divide(centres, sizes, place):
-    """Each pixel's cell, uint8 (H, W), and its distance from the nearest border, in pixels, float32 (H, W).
-
-    centres: (N, 2). sizes: (N,), of two neighbours the one with more gets more. place: (2, H, W), where pixels are.
-    """
-    squares = np.sum((place[:, None] - centres.T[:, :, None, None]) ** 2, axis=0)
-    cell = np.argmin(squares - sizes[:, None, None], axis=0).astype(np.uint8)
-    borders = cv2.morphologyEx(cell, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8))
-    return cell, cv2.distanceTransform(np.uint8(borders == 0), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-
-
 def draw_organelles(rng, image, border):
-    """Darken spots in cells: vesicles, which are small, and mitochondria, which have a rim and folds."""
+    """Darken spots far enough from the border: vesicles, which are small, and mitochondria with a rim and folds."""
     spots = np.zeros_like(image)
     for y, x in rng.integers(0, SIDE, (700, 2)).tolist():
         radius, dark = rng.uniform(1, 4), rng.uniform(20, 70)
@@ -36,8 +22,8 @@ def draw_organelles(rng, image, border):
             cv2.circle(spots, (x, y), round(radius), dark, 1 if radius > 2 else -1, cv2.LINE_AA)
     for y, x in rng.integers(0, SIDE, (45, 2)).tolist():
         if border[y, x] > 15:
-            axes = (round(rng.uniform(10, 15)), round(rng.uniform(7, 12)))
-            ellipse = ((x, y), axes, rng.uniform(0, 180), 0, 360)
+            axes = round(rng.uniform(10, 15)), round(rng.uniform(7, 12))
+            ellipse = (x, y), axes, rng.uniform(0, 180), 0, 360
             body = cv2.ellipse(np.zeros_like(image), *ellipse, 1, -1)
             spots = np.where(body > 0, 55 + 15 * np.sin(noise(rng, 3) * 4), spots)
             cv2.ellipse(spots, *ellipse, 90, 2, cv2.LINE_AA)
@@ -45,17 +31,20 @@ def draw_organelles(rng, image, border):
 
 
 def make_stack(seed, count):
-    """Sections and their labels, each uint8 (count, 256, 256), in grey levels and membrane's share like ISBI 2012."""
+    """Sections and their labels, uint8 (2, count, 256, 256), in grey levels and membrane's share like ISBI 2012."""
     rng = np.random.default_rng(seed)
-    cells = 52
-    centres, drift = rng.uniform(-30, SIDE + 30, (cells, 2)), rng.normal(0, 0.6, (cells, 2))
-    sizes, tone, grain = rng.exponential(700, cells), rng.normal(162, 9, cells), rng.uniform(4, 15, cells)
-    bends = [[9 * noise(rng, 20) + 1.5 * noise(rng, 5) for _ in range(2)] for _ in range(2)]
-    images, labels = [], []
+    centres, drift = rng.uniform(-30, SIDE + 30, (52, 2)), rng.normal(0, 0.6, (52, 2))
+    sizes, tone, grain = rng.exponential(700, 52), rng.normal(162, 9, 52), rng.uniform(4, 15, 52)
+    bends = np.array([[9 * noise(rng, 20) + 1.5 * noise(rng, 5) for _ in range(2)] for _ in range(2)])
+    stack = np.zeros((2, count, SIDE, SIDE), np.uint8)
     for z in range(count):
         # From one noise to the other and back, so that neighbouring sections are alike.
-        place = np.mgrid[:SIDE, :SIDE] + np.cos(z / 6) * np.array(bends[0]) + np.sin(z / 6) * np.array(bends[1])
-        cell, border = divide(centres + z * drift, sizes, place.astype(np.float32))
+        place = np.float32(np.mgrid[:SIDE, :SIDE] + np.cos(z / 6) * bends[0] + np.sin(z / 6) * bends[1])
+        # A pixel's cell is the nearest one, of two neighbours that with more size gets more; border: pixels up to it.
+        squares = np.sum((place[:, None] - (centres + z * drift).T[:, :, None, None]) ** 2, axis=0)
+        cell = np.argmin(squares - sizes[:, None, None], axis=0).astype(np.uint8)
+        inside = cv2.morphologyEx(cell, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)) == 0
+        border = cv2.distanceTransform(np.uint8(inside), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         width = 2.5 * np.exp(0.22 * noise(rng, 10))
         image = cv2.GaussianBlur(tone[cell], (0, 0), 2) + 7 * noise(rng, 6)
         image += cv2.GaussianBlur(grain[cell], (0, 0), 2) * noise(rng, 1.6)
@@ -65,14 +54,14 @@ def make_stack(seed, count):
         image -= strength * np.exp(-((border / width) ** 2)) * (image - 38)
         image += 1.4 * np.sqrt(np.maximum(image, 0)) * noise(rng, 0.65)  # shot noise
         image = 128 + rng.uniform(0.95, 1.3) * (image - 133) + 9 * noise(rng, 70) + rng.normal(0, 6)  # stain, light
-        images.append(np.clip(image, 0, 255).astype(np.uint8))
         # Like an annotator, paint over slivers that are too thin to be told from membrane.
         brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
-        labels.append(cv2.morphologyEx(np.uint8(255) * (border > 1.05 * width), cv2.MORPH_OPEN, brush))
-    return np.stack(images), np.stack(labels)
+        label = cv2.morphologyEx(np.uint8(255) * (border > 1.05 * width), cv2.MORPH_OPEN, brush)
+        stack[:, z] = np.clip(image, 0, 255), label
+    return stack
 
 
 def make_sample():
     """{folder: uint8 (N, 256, 256)}: 20 training pairs, 5 test pairs of other tissue."""
-    stacks = (*make_stack(0, 20), *make_stack(1, 5))
-    return dict(zip(("train_image", "train_label", "test_image", "test_label"), stacks, strict=True))
+    (train_image, train_label), (test_image, test_label) = make_stack(0, 20), make_stack(1, 5)
+    return dict(train_image=train_image, train_label=train_label, test_image=test_image, test_label=test_label)

@@ -190,4 +190,6 @@ def test_converting_writes_over_nothing(slices, tmp_path):
     assert sorted(file.name for file in (tmp_path / "made").iterdir()) == [f"{i}.png" for i in range(6)]
     shutil.rmtree(tmp_path / "made")
     done = run_inside("data/prepare.py", "labels", stack, "made", "--threshold=127", "--membrane=white", cwd=tmp_path)
-    assert "little interior" in done.stdout and "--membrane black" in done.stdout
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(InputError, match="--membrane white"):  # the wrong way round
+        SelfDataSet(slices, tmp_path / "made")
