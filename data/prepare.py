@@ -125,7 +125,7 @@ def prepare(args):
     shutil.rmtree(stage, ignore_errors=True)
     print(f"{out}: " + ", ".join(f"{name} {stack.shape}" for name, stack in folders.items()))
     if marker == SAMPLE:
-        print("*** This is a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue. README has real slices. ***")
+        print("*** SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue. For real slices see README. ***")
 
 
 def as_numbers(file, page, cells):
