@@ -76,7 +76,7 @@ OUT_OF_RANGE = {
     "--val_label_path": ("", "labels"),  # of no slices
     "--log_file": ("", "slices/20.png"),
 }
-PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 300, 511), "--mirror": (-1, 8, 33, 112)}
+PREDICTING = {"--threshold": (-0.1, 1.1, "nan"), "--tile": (-1, 16, 192, 207), "--mirror": (-1, 8, 33, 112)}
 PREDICTING |= {name: OUT_OF_RANGE[name] for name in ("--device", "--cpu_kernels")}
 RANGES = {
     "train": (lambda: arguments.parse_args("", AUGMENTATIONS), OUT_OF_RANGE),
