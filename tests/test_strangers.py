@@ -76,7 +76,7 @@ TENSORS = {
     "moment missing": (MOMENT, None),
 }
 # ... and metadata.
-BEST = {"epoch": 1, "loss": 0.5, "by": "val_loss", "threshold": 0.5}
+BEST = {"epoch": 1, "loss": 0.5, "by": "val_loss", "threshold": 0.5, "grow": 0.5}
 METADATA = {
     "epoch": ["x", -3, 0, 1.5, [1], None, {"a": 1}, float("nan"), True, 10**400, 7],
     "optimizer": ["x", -7, None, [], {}, {"name": "Adam"}, {"name": ["Adam"], "state": {}}],
