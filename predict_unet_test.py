@@ -14,7 +14,7 @@ from pathlib import Path
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common import ROOT, begin, checkpoint, files, images, scores, start
 from common.arguments import InputError, Parser, add_device, given_path, number
-from common.cells import MOST, find_cells, find_mask, measure, write_table
+from common.cells import MOST, PIECE, find_cells, find_mask, measure, write_table
 from common.pictures import write_pictures
 from common.tiles import MARGIN, TILE, predict
 from cpu_kernels import accelerate
@@ -123,7 +123,7 @@ def main():
         for name, file, page in tqdm(slices, desc="predict", leave=False, disable=None):
             image = images.read_slice(file, page)
             probability = predict(nets, image, place, tile=args.tile, tta=args.tta, mirror=args.mirror, scale=scale)
-            mask = find_mask(probability, threshold, grow)
+            mask = find_mask(probability, threshold, grow, PIECE / scale**2)
             if mask.min() == mask.max():
                 tqdm.write(f"{folder}/{name}_mask.png is all {'interior' if mask.all() else 'membrane'}")
             if args.cells:

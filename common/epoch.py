@@ -33,7 +33,7 @@ class Run:
         self.arguments = vars(args) | found
         self.first_epoch, self.best, self.rows = 1, None, []
         # What find_mask() needs, until validation finds better ones: docs/recipe.md says what border weights want.
-        self.mask = {"threshold": 0.5, "grow": 0.15 if args.border_weight >= 10 else 0.5}
+        self.mask = {"threshold": 0.6, "grow": 0.2} if args.border_weight >= 10 else {"threshold": 0.5, "grow": 0.5}
         checkpoint.contents(net, optimizer)
         if args.resume:
             self.resume(checkpoint.resume(args.resume, net, optimizer))
