@@ -5,55 +5,43 @@
 
 A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its NAME_prob.png count), a
 folder of images, or a stack; integers from 0 to the type's largest value, masks of 0 and 255 or 0 and 1, or floats from
-0 to 1. Two folders pair by name, else order pairs. Slices without a label are left out. Beside the best scores stand
-those of the NAME_mask.png, where all slices have one, else those at --threshold; --per_slice and --picture show the
-same. The floors are what a prediction scores that calls everything interior, and the blurred slices, searched beside
-the labels under their folder's name with `image` for `label`. common/scores.py says what the scores are.
-"""
+0 to 1. Two folders pair by name, else order pairs; slices without a label are left out. The column beside the best,
+--per_slice and --picture show NAME_mask.png where all slices have one, else P > --threshold. The floors: all interior;
+the blurred slices, searched beside the labels (`image` for `label`). common/scores.py says what the scores are."""
 
 import ctypes
 import json
-import os
-import signal
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from itertools import repeat
 from pathlib import Path
 
-from common import start
+from common import files, pictures, scores, start
 from common.arguments import InputError, Parser, given_path, number
-from common.files import check_output, write_whole
 from common.images import SUFFIXES, list_slices, read_slice
 from common.labels import beside, judge, look, pair, read_label, read_pair
-from common.pictures import ORANGE, paint, stretch
-from common.scores import SCORES, SMALLEST, THRESHOLDS, best, combine, count, count_cells, find_faults, thin
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-BLUR = 2  # pixels, the standard deviation
+HEAD = f"  V_Rand  V_Info  misclassification  cells in label  found (of {scores.SMALLEST} pixels or more)"
 ROW = "{slice:20}{v_rand:8.4f}{v_info:8.4f}{pixel_misclassification:19.4f}{cells_in_label:16}{cells_found:7}"
 
-# What to score: a kind (the prediction, its masks, a floor), a slice and its label, each (name, file, page), the value
-# in the slice that stands for P(interior) = 1, and the labels' two values.
-Job = namedtuple("Job", "kind slice label scale values")
+# What to score; slice, label: each (name, file, page); scale: what stands for P(interior) = 1; values: the labels' two.
+Job = namedtuple("Job", "kind slice label scale values threshold")
 
 
 def find_scale(path, slices):
-    """The value that stands for P(interior) = 1 in a prediction's slices, each (name, file, page).
-
-    1 for floats, 1 or 255 for masks, else, and for NAME_prob, their type's largest value. Raises InputError for others.
-    """
-    highest, masks, full = 0, {1, 255}, 1
+    """The value that stands for P(interior) = 1 in a prediction's slices, each (name, file, page): 1 for floats, 1 or
+    255 for masks, else, and for NAME_prob, their type's largest one. Raises InputError for values of other kinds."""
+    highest, masks = 0, {1, 255}
     for _, file, page in slices:
         image = read_slice(file, page)
-        if np.issubdtype(image.dtype, np.unsignedinteger):
-            full = np.iinfo(image.dtype).max
-            masks = {value for value in masks if np.isin(image, (0, value)).all()}
-        elif image.min() < -1e-6 or image.max() > 1 + 1e-6:  # an average of ones may be rounded up
+        full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+        if full == 1 and (image.min() < -1e-6 or image.max() > 1 + 1e-6):  # an average of ones may be rounded up
             raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities from 0 to 1")
+        masks = {value for value in masks if np.isin(image, (0, value)).all()}
         highest = max(highest, image.max())
     if full == 1 or highest == 0 or all(file.stem.endswith("_prob") for _, file, _ in slices):
         return full
@@ -69,48 +57,41 @@ def look_at(slices, labels):
     return [look(*reversed(read_pair(one[1:], label[1:]))) for one, label in zip(slices, labels, strict=True)]
 
 
-def find_jobs(args, image):
-    """What to score -> {kind: [Job]}, read once before minutes of work; image: the slices. Raises InputError."""
+def find_jobs(args):
+    """What to score -> [Job], first the kind that --per_slice is about. All is read once, and where to write is tried,
+    before minutes of work: raises InputError."""
     pairs = pair(args.prediction, args.label, "_prob")
-    without = {name for name, *_ in list_slices(args.label)} - {label[0] for _, label in pairs if label}
-    if without:
-        raise InputError(f"{args.label}: has {min(without)}, but {args.prediction} does not")
+    if without := set(list_slices(args.label)) - {label for _, label in pairs}:
+        raise InputError(f"{args.label}: has {min(without)[0]}, but {args.prediction} does not")
     slices, labels = zip(*(both for both in pairs if both[1]), strict=True)
     if len(slices) < len(pairs):
         print(f"{len(pairs) - len(slices)} of {len(pairs)} slices have no label: scoring the other ones")
-    kinds, masks = {"prediction": slices}, [(n, file.with_name(f"{n}_mask.png"), 0) for n, file, _ in slices]
-    if args.threshold is None and all(file.is_file() for _, file, _ in masks):
-        kinds["mask"] = masks
-    looks = {kind: look_at(some, labels) for kind, some in kinds.items()}
+    masks = [(name, file.with_name(f"{name}_mask.png"), 0) for name, file, _ in slices]
+    kinds = {"mask": masks} if args.threshold is None and all(file.is_file() for _, file, _ in masks) else {}
+    kinds["prediction"] = slices
+    looks = [look_at(some, labels) for some in kinds.values()]
     scales = {kind: find_scale(args.prediction, some) for kind, some in kinds.items()}
     kinds["all_interior"] = slices
+    image = args.image or beside(Path(args.label).resolve(), "label", "image")
     # What lies beside the labels may be other slices: nobody said that they belong here.
     with suppress(*() if args.image else (InputError,)):
         if image:
-            image_of = {label: one for one, label in pair(image, args.label) if label}
-            missing = [name for name, *where in labels if (name, *where) not in image_of]
-            if missing:
+            image_of = {label: one for one, label in pair(image, args.label)}
+            if missing := [label[0] for label in labels if label not in image_of]:
                 raise InputError(f"{image}: has no slice for {missing[0]}")
             images = [image_of[label] for label in labels]
-            looks["slices"], kinds["blurred_slices"] = look_at(images, labels), images
-    values = judge(args.label, looks.get("slices", looks["prediction"]), seen="slices" in looks)
-    return {
-        kind: [Job(kind, *both, scales.get(kind), values) for both in zip(some, labels, strict=True)]
-        for kind, some in kinds.items()
-    }
-
-
-def check_outputs(args, image, jobs):
-    """Raises InputError for a file to write that is read, would be among the images, or can't be written."""
-    taken = {file.resolve() for some in jobs.values() for job in some for _, file, _ in (job.slice, job.label)}
+            looks, kinds["blurred_slices"] = [look_at(images, labels)], images
+    values = judge(args.label, looks[0], seen="blurred_slices" in kinds)
+    taken = {file.resolve() for some in (labels, *kinds.values()) for _, file, _ in some}
     folders = {Path(path).resolve() for path in (args.prediction, args.label, image) if path}
-    for flag, path in (("--json", args.json), ("--picture", args.picture)):
-        if path:
-            real = Path(path).resolve()
-            if real in taken or (real.parent in folders and real.suffix.lower() in SUFFIXES):
-                raise InputError(f"{flag} {path}: is one of the images, or would be: choose another place")
-            check_output(path)
-            taken.add(real)
+    for path in filter(None, (args.json, args.picture)):
+        real = Path(path).resolve()
+        if real in taken or (real.parent in folders and real.suffix.lower() in SUFFIXES):
+            raise InputError(f"{path}: is one of the images, or would be: choose another place for --json or --picture")
+        files.check_output(path)
+        taken.add(real)
+    how = values, 0.5 if args.threshold is None else args.threshold
+    return [Job(kind, *two, scales.get(kind), *how) for kind in kinds for two in zip(kinds[kind], labels, strict=True)]
 
 
 def read(job):
@@ -119,50 +100,36 @@ def read(job):
     if job.kind == "all_interior":
         return np.ones_like(interior), interior
     image = read_slice(*job.slice[1:]).astype(np.float32)
-    if job.kind == "blurred_slices":  # what a prediction has to be better than
-        return stretch(cv2.GaussianBlur(image, (0, 0), BLUR)), interior
+    if job.kind == "blurred_slices":  # by 2 pixels: what a prediction has to be better than
+        return pictures.stretch(cv2.GaussianBlur(image, (0, 0), 2)), interior
     return image / np.float32(job.scale), interior
 
 
-def score(job, thresholds):
-    return count(*read(job), thresholds)
+def score(job):
+    """count() of a job at THRESHOLDS and at its own one, and what --json says of the slice at that, a dict."""
+    probability, interior = read(job)
+    counts = scores.count(probability, interior, [*scores.THRESHOLDS, job.threshold])
+    own = {name: value.item() for name, value in scores.combine([counts[-1:]]).items()}
+    in_label, found = (scores.count_cells(where) for where in (interior, probability > job.threshold))
+    return counts, {"slice": job.slice[0], **own, "cells_in_label": in_label, "cells_found": found}
 
 
 def summary(counts):
     """The scores from the counts of slices, as --json writes them: at all thresholds, and the best ones."""
-    scores = combine(counts)
-    bests = {name: best(scores, name) for name in SCORES}
-    bests = {what: {name: both[i] for name, both in bests.items()} for i, what in enumerate(("best", "best_threshold"))}
-    return {name: values.tolist() for name, values in scores.items()} | bests
+    found = scores.combine(counts)
+    bests = zip(*(scores.best(found, name) for name in scores.SCORES), strict=True)
+    values, thresholds = (dict(zip(scores.SCORES, some, strict=True)) for some in bests)
+    return {name: some.tolist() for name, some in found.items()} | {"best": values, "best_threshold": thresholds}
 
 
-def table(results, column, title, slices):
-    """The lines to print of {kind: its summary()}, the prediction first, and of a column of scores under its title."""
-    own, *floors = results.values()
-    titles = "".join(f"{kind.replace('_', ' '):>16}" for kind in list(results)[1:])
-    yield f"{f'{slices} slices':20}    best    P>{title:>10}{titles}"
-    for name, (title, _) in SCORES.items():
-        line = f"{title:20}{own['best'][name]:8.4f}{own['best_threshold'][name]:6.1f}{column[name].item():10.4f}"
-        yield line + "".join(f"{floor['best'][name]:16.4f}" for floor in floors)
-
-
-def score_slice(job, counts, threshold):
-    """The scores of one slice at a threshold, from its count() there, and its cells -> {what: its value}."""
-    probability, interior = read(job)
-    scores = {name: values.item() for name, values in combine([counts]).items()}
-    cells = {"cells_in_label": count_cells(interior), "cells_found": count_cells(probability > threshold)}
-    return {"slice": job.slice[0], **scores, **cells}
-
-
-def draw(job, image_job, threshold):
+def draw(job, image_job):
     """A slice, or its label where no image is known, with wrong pixels, merged and split cells, uint8 (H, W, 3)."""
     probability, interior = read(job)
-    found = probability > threshold
-    faults = [found != interior, *find_faults(interior, thin(found))]
-    colours = np.array((ORANGE, (255, 0, 255), (255, 255, 0)))  # orange, magenta, cyan
-    colours = np.select([where[:, :, None] for where in faults], colours)
+    found = probability > job.threshold
+    faults = [found != interior, *scores.find_faults(interior, scores.thin(found))]
+    colours = np.array((pictures.ORANGE, (255, 0, 255), (255, 255, 0)))  # orange, magenta, cyan
     image = read_slice(*image_job.slice[1:]) if image_job else np.float32(interior)
-    return paint(image, colours, np.any(faults, axis=0))
+    return pictures.paint(image, colours[np.argmax(faults, axis=0)], np.any(faults, axis=0))
 
 
 def parse_args():
@@ -180,40 +147,35 @@ def parse_args():
 
 def main():
     args = parse_args()
-    image = args.image or beside(Path(args.label).resolve(), "label", "image")
-    jobs, threshold = find_jobs(args, image), 0.5 if args.threshold is None else args.threshold
-    check_outputs(args, image, jobs)
-    kind, everything = "mask" if "mask" in jobs else "prediction", [job for some in jobs.values() for job in some]
-    start.keep("nothing was written")
-    end_with_us = ctypes.CDLL(None).prctl, (1, signal.SIGKILL)  # workers would wait for a script that Ctrl-C ended
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), None, *end_with_us) as pool:
-        counts = pool.map(score, everything, repeat([*THRESHOLDS, threshold]))
-        counts = np.array(list(tqdm(counts, "scoring", len(everything), leave=False, disable=None)))
-        counts = dict(zip(jobs, np.split(counts, len(jobs)), strict=True))
-        own = counts[kind][:, -1:]
-        rows = list(pool.map(score_slice, jobs[kind], own, repeat(threshold))) if args.per_slice else []
-    column, title = combine(own), kind if kind == "mask" else f"at {threshold:g}"
-    results = {name: summary(numbers[:, :-1]) for name, numbers in counts.items() if name != "mask"}
-    print("\n".join(table(results, column, title, len(own))))
-    images = jobs.get("blurred_slices")
-    if not images:
+    jobs = find_jobs(args)
+    # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: workers would wait for a script that Ctrl-C ended.
+    with ProcessPoolExecutor(cv2.getNumberOfCPUs(), None, ctypes.CDLL(None).prctl, (1, 9)) as pool:
+        counts, rows = zip(*tqdm(pool.map(score, jobs), "scoring", len(jobs), leave=False, disable=None), strict=True)
+    kinds = list(dict.fromkeys(job.kind for job in jobs))
+    counts = dict(zip(kinds, np.split(np.array(counts), len(kinds)), strict=True))
+    own, rows = counts[kinds[0]][:, -1:], rows[: len(jobs) // len(kinds)]
+    at = {name: value.item() for name, value in scores.combine(own).items()}
+    threshold = "mask" if kinds[0] == "mask" else jobs[0].threshold
+    title = "mask" if kinds[0] == "mask" else f"at {threshold:g}"
+    floors = {kind: summary(some[:, :-1]) for kind, some in counts.items() if kind != "mask"}
+    result = {"thresholds": scores.THRESHOLDS.tolist(), **floors.pop("prediction"), "threshold": threshold}
+    result |= {"at_threshold": at, "floors": floors, "slices": rows if args.per_slice else []}
+    print(f"{f'{len(rows)} slices':20}    best    P>{title:>10}", *(f"{kind.replace('_', ' '):>15}" for kind in floors))
+    for name, (called, _) in scores.SCORES.items():
+        line = f"{called:20}{result['best'][name]:8.4f}{result['best_threshold'][name]:6.1f}{at[name]:10.4f}"
+        print(line, *(f"{floor['best'][name]:15.4f}" for floor in floors.values()))
+    if "blurred_slices" not in kinds:
         print("no floor of blurred slices: --image says where the slices are")
-    if rows:
-        cells = f"cells in label  found (of {SMALLEST} pixels or more)"
-        print(f"\n{f'each slice, {title}':20}  V_Rand  V_Info  misclassification  {cells}")
-        print(*(ROW.format(**row) for row in rows), sep="\n")
+    if args.per_slice:
+        print(f"\n{f'each slice, {title}':20}{HEAD}", *(ROW.format(**row) for row in rows), sep="\n")
     if args.json:
-        written = {"thresholds": THRESHOLDS.tolist(), **results.pop("prediction"), "floors": results}
-        written |= {"threshold": kind if kind == "mask" else threshold, "slices": rows}
-        written["at_threshold"] = {name: values.item() for name, values in column.items()}
-        with write_whole(args.json) as file:
-            file.write(json.dumps(written, indent=1).encode())
+        with files.write_whole(args.json) as file:
+            file.write(json.dumps(result, indent=1).encode())
     if args.picture:
-        worst = own[:, 0, 0].argmin()
-        picture = draw(jobs[kind][worst], images and images[worst], threshold)
-        with write_whole(args.picture, sync=False) as file:
-            file.write(cv2.imencode(".png", picture)[1])
-        print(f"{args.picture}: slice {jobs[kind][worst].slice[0]}, of the lowest V_Rand, {own[worst, 0, 0]:.4f}")
+        worst, images = own[:, 0, 0].argmin(), [job for job in jobs if job.kind == "blurred_slices"]
+        with files.write_whole(args.picture, sync=False) as file:
+            file.write(cv2.imencode(".png", draw(jobs[worst], images and images[worst]))[1])
+        print(f"{args.picture}: slice {rows[worst]['slice']}, of the lowest V_Rand, {own[worst, 0, 0]:.4f}")
         print("wrong pixels are orange, merged cells magenta, split cells cyan")
 
 
