@@ -111,8 +111,8 @@ def parse_args(doc, augmentations, argv=None):
     args = parser.parse_args(saved + (sys.argv[1:] if argv is None else argv))  # which checks the saved ones too
     if args.checkpoint_dir.endswith(".safetensors"):
         parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")
-    if not args.log_file.endswith((".txt", ".log")):
-        parser.error(f"--log_file {args.log_file}: names an image, a table or what else it may be; name a .txt")
+    if not args.log_file.lower().endswith((".txt", ".log")):
+        parser.error(f"--log_file {args.log_file}: names an image, a table or else no text; name a .txt")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):
         parser.error("--best_by v_rand needs validation slices, pass --val_count N")
     if args.val_label_path and not args.val_path:
@@ -121,7 +121,7 @@ def parse_args(doc, augmentations, argv=None):
 
 
 def saved_flags(parser, given):
-    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as flags of one word."""
+    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as flags."""
     from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
 
     path = given.resume or given.init
@@ -135,7 +135,7 @@ def saved_flags(parser, given):
     *_, bilinear, saved["base_channels"] = architecture(path, tensors)
     saved["val_count"] = None if given.val_path else saved.get("val_count")
     flags = ["--bilinear"] * bilinear
-    flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]
+    flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]  # one word
     if isinstance(saved.get("augment"), list):
         flags += ["--augment", *(kind for kind in parser.get_default("augment") if kind in saved["augment"])]
     return flags

@@ -53,6 +53,7 @@ class Run:
                 lock(path)
             if self.first_epoch > args.epochs:
                 write_log(args.log_file, self.rows)
+                print(f"{args.resume} has all of its {args.epochs} epochs, a larger --epochs goes on")
 
     def schedule(self, steps):
         """The schedule of the learning rate, to be stepped after each of an epoch's steps; a cosine to args.epochs."""
@@ -72,8 +73,7 @@ class Run:
         # disable=None: no bar where stderr is a file
         with tqdm(loader, f"epoch {epoch}", leave=False, disable=True if start.rank else None) as self.bar:
             for image, label, *weight in self.bar:
-                batch = image, label, *(weight or [flow.ones_like(label)])
-                yield [tensor.to(self.device) for tensor in batch]
+                yield [tensor.to(self.device) for tensor in (image, label, *(weight or [flow.ones_like(label)]))]
         for parameter in self.net.parameters():
             parameter.numpy()  # waits for the last step, which OneFlow may not have finished
         for buffer in self.net.buffers() if start.processes > 1 else ():
@@ -122,7 +122,7 @@ class Run:
         columns = {"train_loss": self.train_loss} | val_scores | self.further
         tensors, optimizer = checkpoint.contents(self.net, self.optimizer)
         if not all(np.isfinite(value).all() for value in (*columns.values(), *tensors.values())):
-            raise FloatingPointError(f"not finite after epoch {self.epoch}: try a smaller --lr; {start.kept}")
+            raise FloatingPointError(f"epoch {self.epoch}: loss or weights overflow, try a smaller --lr; {start.kept}")
         by = "val_" + self.args.best_by if val_scores else "train_loss"
         loss = 1 - columns[by] if by == "val_v_rand" else columns[by]
         better = self.best is None or self.best["by"] != by or loss < self.best["loss"]
