@@ -22,9 +22,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Leaves a docstring's lines as they are, and says each flag's default."""
 
     def _get_help_string(self, action):
-        if "default" in action.help or action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+        told = "default" in action.help or action.default in (None, False, argparse.SUPPRESS)
+        return action.help if told else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,12 +36,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind, minimum, maximum=2**31 - 1):
-    """An argparse type: an int or float from `minimum` to `maximum`."""
+def number(kind, minimum, maximum=2**31 - 1, besides=None):
+    """An argparse type: an int or float from `minimum` to `maximum`, or `besides`."""
 
     def parse(text):
         value = kind(text)
-        if not minimum <= value <= maximum:
+        if not minimum <= value <= maximum and value != besides:
             raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
         return value
 
@@ -64,71 +63,56 @@ def add_device(add):
 
 
 def training_parser(doc, augmentations):
-    """The parser of the training scripts; augmentations: the kinds that the data set knows."""
+    """The training scripts' parser. doc: the script's docstring; augmentations: the kinds that the data set knows."""
     parser, path, count = Parser(doc), given_path, number(int, 1)
     add = parser.add_argument_group("slices").add_argument
     add("--data_path", type=path, default=DATA, help="folder or TIFF stack of training slices")
     add("--label_path", type=path, help="their labels (default: data_path with label for image)")
     add("--pixel_size", type=number(float, 1e-3, 1e6), default=4.0, metavar="NM", help="their nanometres a pixel")
     add("--num_workers", type=number(int, 0, 64), default=0, help="processes that read slices")
-
-    validation = parser.add_argument_group("validation")
-    add = validation.add_mutually_exclusive_group().add_argument
-    add("--val_count", type=number(int, 0), default=0, help="hold out the last N training slices")
-    add("--val_path", type=path, help="or validate on this folder or stack of slices")
-    add = validation.add_argument
+    group = parser.add_argument_group("validation")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--val_count", type=number(int, 0), default=0, help="hold out the last N training slices")
+    either("--val_path", type=path, help="or validate on this folder or stack of slices")
     add("--val_label_path", type=path, help="their labels (default: val_path with label for image)")
     add("--val_every", type=count, default=5, help="validate each N epochs")
     add("--best_by", choices=("loss", "v_rand"), default="loss", help="what best.safetensors is best in")
-
     add = parser.add_argument_group("network and device").add_argument
     add("--base_channels", type=number(int, 1, 1024), help=f"width of the first level (default: {WIDTH})")
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
     add("--dropout", type=number(float, 0, 0.99), default=0.5, help="share set to 0 after the two deepest levels")
     add_device(add)
     add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision; auto: where a CPU has bfloat16")
-
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=40, help="train up to this epoch")
     add("--repeat", type=number(int, 1, 10_000), default=8, help="times an epoch sees each slice")
     add("--batch_size", type=count, default=4, help="crops a step and device")
     add("--lr", type=number(float, 1e-30, 1e38), default=1e-3, help="learning rate")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="whether it falls to 0 or stays")
-    add("--crop", type=number(int, 0), help="side of the random crops; 0: whole slices (default: 256 at most)")
-    text = "at random; no value: nothing (default: all)"
-    add("--augment", nargs="*", choices=augmentations, default=list(augmentations), help=text)
+    add("--crop", type=number(int, MIN_CROP, besides=0), help="side of crops; 0: whole slices (default: 256 at most)")
+    add("--augment", nargs="*", choices=augmentations, default=list(augmentations), help="at random; no value: nothing")
     add("--border_weight", type=number(float, 0, 1e6), default=10.0, help="extra loss on membrane between near cells")
     add("--seed", type=number(int, 0), default=0, help="of all that is random")
     add("--rank_timeout", type=number(float, 0.1), default=1800.0, help="seconds that processes wait for one another")
-
-    kept = parser.add_argument_group("what is kept")
-    add = kept.add_argument
+    group = parser.add_argument_group("what is kept")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--checkpoint_dir", "--checkpoint", type=path, default="checkpoints", help="folder for last and best epoch")
     add("--log_file", type=path, default="Unet_train.txt", help="a loss a line; more is in the .csv")
-    add = kept.add_mutually_exclusive_group().add_argument
-    add("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments but for paths")
-    add("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
+    either("--resume", type=path, metavar="FILE", help="go on from this checkpoint, with its arguments but for paths")
+    either("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint, and its width")
     return parser
 
 
 def parse_args(doc, augmentations, argv=None):
-    """The training scripts' arguments; those of --resume's checkpoint are the defaults. Raises InputError.
-
-    doc: the script's docstring. augmentations: the kinds that the data set knows.
-    """
-    from common.images import SUFFIXES  # here, since it needs OpenCV and this file
-
-    argv = sys.argv[1:] if argv is None else argv
+    """The training scripts' arguments; those of --resume's checkpoint are the defaults. Raises InputError."""
     parser = training_parser(doc, augmentations)
-    args = parser.parse_args(argv)
-    if args.resume or args.init:
-        args = parser.parse_args(saved_flags(args, argv, augmentations) + argv)  # which checks them
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(PATHS)))  # None: a path that is left open
+    saved = saved_flags(parser, given) if given.resume or given.init else []
+    args = parser.parse_args(saved + (sys.argv[1:] if argv is None else argv))  # which checks the saved ones too
     if args.checkpoint_dir.endswith(".safetensors"):
         parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")
     if args.log_file.lower().endswith((".csv", *SUFFIXES)):
         parser.error(f"--log_file {args.log_file}: names an image, or the table that is written beside it; name a .txt")
-    if args.crop and args.crop < MIN_CROP:
-        parser.error(f"--crop {args.crop} is neither 0 nor {MIN_CROP} or more")
     if args.best_by == "v_rand" and not (args.val_path or args.val_count):
         parser.error("--best_by v_rand needs validation slices, pass --val_count N")
     if args.val_label_path and not args.val_path:
@@ -136,24 +120,22 @@ def parse_args(doc, augmentations, argv=None):
     return args
 
 
-def saved_flags(args, argv, augmentations):
-    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as a list of flags."""
+def saved_flags(parser, given):
+    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as flags."""
     from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
 
-    path = args.resume or args.init
+    path = given.resume or given.init
     tensors, kept, metadata = read(path)
-    saved = metadata.get("arguments") if args.resume else {}
-    if not isinstance(saved, dict) or (args.resume and not kept and "optimizer" not in metadata):
+    saved = metadata.get("arguments") if given.resume else {}
+    if not isinstance(saved, dict) or (given.resume and not kept and "optimizer" not in metadata):
         raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
-    said = {word.split("=")[0].removesuffix("_dir") for word in argv}
-    unsaid = [name for name in PATHS if f"--{name}".removesuffix("_dir") not in said]
-    if other := [f"--{name} {saved[name]}" for name in unsaid if saved.get(name) not in (None, getattr(args, name))]:
+    left = [name for name in PATHS if getattr(given, name) is None]
+    if other := [f"--{name} {saved[name]}" for name in left if saved.get(name) not in (None, parser.get_default(name))]:
         raise InputError(f"{path}: was made with {' '.join(other)}, pass these flags with what they should be now")
     *_, bilinear, saved["base_channels"] = architecture(path, tensors)
+    saved["val_count"] = None if given.val_path else saved.get("val_count")
     flags = ["--bilinear"] * bilinear
-    for name in RESUMED:
-        if type(saved.get(name)) in (int, float, str) and not (name == "val_count" and args.val_path):
-            flags.append(f"--{name}={saved[name]}")  # one word, whatever the value holds
+    flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]  # one word
     if isinstance(saved.get("augment"), list):
-        flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]
+        flags += ["--augment", *(kind for kind in parser.get_default("augment") if kind in saved["augment"])]
     return flags

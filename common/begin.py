@@ -27,12 +27,9 @@ def pick_device(args, graph=False):
 
 
 def pick(name):
-    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises InputError where "cuda" can't be.
-
-    On GPUs newer than its machine code OneFlow 0.9 says that it is available, and the first computation fails.
-    """
-    device, major = ctypes.c_int(), ctypes.c_int()
-    trouble = "OneFlow finds no GPU here"
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises InputError where "cuda" can't be: on GPUs newer than its
+    machine code OneFlow 0.9 says that it is available, and the first computation fails."""
+    device, major, trouble = ctypes.c_int(), ctypes.c_int(), "OneFlow finds no GPU here"
     if name != "cpu" and flow.cuda.is_available():
         with suppress(OSError):
             driver = ctypes.CDLL("libcuda.so.1")
@@ -51,9 +48,7 @@ def pick(name):
 
 def mixed_precision(args, device, wanted=True, graph=False):
     """Whether to compute in mixed precision, as args.amp says; wanted: what "auto" is where the CPU is fast at it.
-
-    Raises InputError for "on" where it can't be: on a CPU the kernels have it, with bfloat16; on a GPU graphs have it.
-    """
+    Raises InputError for "on" where it can't be: the kernels have it on a CPU with bfloat16, graphs on a GPU."""
     able = device == "cuda" if graph else device == "cpu" and args.cpu_kernels == "auto" and has_bfloat16()
     if args.amp == "on" and not able:
         needs = "a GPU and graph_train.py" if graph or device == "cuda" else "cpu_kernels and a CPU with bfloat16"
@@ -76,10 +71,8 @@ def data_sets(SelfDataSet, args):
     train_set = SelfDataSet(args.data_path, args.label_path, keep=slice(None, -args.val_count or None), **options)
     if not train_set.pairs:
         raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
-    val_set = None
-    if args.val_path:
-        val_set = SelfDataSet(args.val_path, args.val_label_path)
-    elif args.val_count:
+    val_set = SelfDataSet(args.val_path, args.val_label_path) if args.val_path else None
+    if args.val_count:
         val_set = SelfDataSet(args.data_path, args.label_path, keep=slice(-args.val_count, None))
     for data_set, side in ((train_set, MIN_CROP), (val_set, MIN_SIDE)):
         for name, shape in zip(data_set.names, data_set.shapes, strict=True) if data_set else ():
@@ -90,7 +83,7 @@ def data_sets(SelfDataSet, args):
     if args.batch_size > 1 and not train_set.crop and len(set(train_set.shapes)) > 1:
         raise InputError(f"{args.data_path}: slices of several sizes share no batch, pass --crop or --batch_size 1")
     start.got_further()
-    mine = int(digest_of(train_set, val_set), 16) % 0x7FFFFFFF  # small enough for exact sums in float64
+    mine = sum(int(data_set.digest[:8], 16) for data_set in (train_set, val_set) if data_set)  # exact in float64
     if sum_over_ranks(mine) != [start.processes * mine]:
         raise InputError(f"{args.data_path}: this process has other slices than another one")
     if start.rank == 0:
@@ -98,11 +91,6 @@ def data_sets(SelfDataSet, args):
             print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
         print(f"{len(train_set.pairs)} training slices, {len(val_set.pairs) if val_set else 0} validation slices")
     return train_set, val_set
-
-
-def digest_of(*sets):
-    """16 hexadecimal digits that tell one choice of slices from another."""
-    return "".join(data_set.digest[:8] for data_set in sets if data_set)
 
 
 def is_synthetic(path):

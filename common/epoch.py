@@ -3,10 +3,9 @@
 import time
 from pathlib import Path
 
-import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common import checkpoint, scores, start
 from common.arguments import RESUMED
-from common.begin import digest_of, is_synthetic, mixed_precision, seed_everything, sum_over_ranks
+from common.begin import is_synthetic, mixed_precision, seed_everything, sum_over_ranks
 from common.files import check_output, lock, make_folder
 from common.log import write_log
 
@@ -17,36 +16,38 @@ from tqdm import tqdm
 
 
 class Run:
-    """A training from `first_epoch`, the first or the one after args.resume's last, to args.epochs.
-
-    Locks what it writes, and makes sure that net and optimizer can be saved, before anything is computed. Raises
-    InputError.
-    """
+    """A training to args.epochs, from `first_epoch`, where args.resume has got to. Locks what it writes, and makes sure
+    that net and optimizer can be saved, before anything is computed. Raises InputError."""
 
     def __init__(self, net, optimizer, device, args, train_set, val_set, graph=False):
         self.net, self.optimizer, self.device, self.args = net, optimizer, device, args
         self.train_set, self.val_set = train_set, val_set
         self.amp = mixed_precision(args, device, graph=graph)
-        # The arguments, with what was found out for those that were left open, and what else resuming compares.
+        # What was found out for arguments that were left open, and what else resuming compares.
         found = {"base_channels": net.base_channels, "crop": train_set.crop, "dropout": net.dropout.p, "device": device}
-        found |= {"processes": start.processes, "slices": digest_of(train_set, val_set)}
-        self.arguments = vars(args) | found
+        slices = "".join(data_set.digest[:8] for data_set in (train_set, val_set) if data_set)
+        self.arguments = vars(args) | found | {"processes": start.processes, "slices": slices}
         self.first_epoch, self.best, self.rows = 1, None, []
         # What find_mask() needs, until validation finds better ones: docs/recipe.md says what border weights want.
         self.mask = {"threshold": 0.6, "grow": 0.2} if args.border_weight >= 10 else {"threshold": 0.5, "grow": 0.5}
+        self.last = Path(args.checkpoint_dir, "last.safetensors")
         checkpoint.contents(net, optimizer)
         if args.resume:
-            self.resume(checkpoint.resume(args.resume, net, optimizer))
+            metadata = checkpoint.resume(args.resume, net, optimizer)
+            self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
+            start.keep(f"nothing new was finished, {args.resume} is as it was")
+            for name in ("slices", "processes", *RESUMED, "augment") if start.rank == 0 else ():
+                was, now = metadata["arguments"].get(name), self.arguments[name]
+                if was not in (None, now):  # older checkpoints don't say all
+                    print(f"not as {args.resume} was trained: {name} {was} -> {now}")
         elif args.init:
             tensors, _, metadata = checkpoint.read(args.init)
             checkpoint.fill(args.init, net, tensors)
             if metadata["further"] and start.rank == 0:
                 print(f"{args.init}: has {1 + len(metadata['further'])} nets, training begins with the first")
-        self.last = Path(args.checkpoint_dir) / "last.safetensors"
         if start.rank == 0:
             check_output(args.log_file)
-            table = Path(args.log_file).with_suffix(".csv")
-            check_output(table)
+            check_output(table := Path(args.log_file).with_suffix(".csv"))
             make_folder(self.last.parent)
             for path in (args.log_file, table, self.last.parent):
                 lock(path)
@@ -54,19 +55,7 @@ class Run:
                 print(f"starts over: replaces {self.last}, best.safetensors and {args.log_file} after the first epoch")
             if self.first_epoch > args.epochs:
                 write_log(args.log_file, self.rows)
-
-    def resume(self, metadata):
-        """Take over where the checkpoint's run was, and say what is not as it was there."""
-        path, args = self.args.resume, self.args
-        self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
-        start.keep(f"nothing new was finished, {path} is as it was")
-        if start.rank:
-            return
-        for name in ("slices", "processes", *RESUMED, "augment"):
-            now = self.arguments[name]
-            if (was := metadata["arguments"].get(name, now)) != now:  # older checkpoints don't say all
-                print(f"not as {path} was trained: {name} {was} -> {now}")
-        print(f"resuming {path}: it has {self.first_epoch - 1} epochs of {args.epochs}, a larger --epochs goes on")
+                print(f"{args.resume} has all of its {args.epochs} epochs, a larger --epochs goes on")
 
     def schedule(self, steps):
         """The schedule of the learning rate, to be stepped after each of an epoch's steps; a cosine to args.epochs."""
@@ -77,19 +66,16 @@ class Run:
         return schedule
 
     def batches(self, loader, epoch):
-        """The loader's batches as (image, label, weight), float32 (N, 1, H, W) on the device; weights 1 if unused.
-
-        Each is to be followed by count(). Seeds the epoch before them; after them, all ranks hold one net.
-        """
+        """The loader's batches as (image, label, weight), float32 (N, 1, H, W) on the device; weights 1 if unused;
+        after each comes count(). Seeds the epoch before them; after them, all ranks hold one net."""
         seed_everything(self.args.seed, epoch)
-        self.train_set.epoch, self.epoch, began, self.place = epoch, epoch, time.monotonic(), start.rank
-        self.sums = {"loss": 0.0, "samples": 0, "steps": 0}
+        self.train_set.epoch, self.epoch, began = epoch, epoch, time.monotonic()
+        self.place, self.sums = start.rank, {}
         self.net.train()
         # disable=None: no bar where stderr is a file
         with tqdm(loader, f"epoch {epoch}", leave=False, disable=True if start.rank else None) as self.bar:
             for image, label, *weight in self.bar:
-                weight = weight[0] if weight else flow.ones_like(label)
-                yield image.to(self.device), label.to(self.device), weight.to(self.device)
+                yield [tensor.to(self.device) for tensor in (image, label, *(weight or [flow.ones_like(label)]))]
         for parameter in self.net.parameters():
             parameter.numpy()  # waits for the last step, which OneFlow may not have finished
         for buffer in self.net.buffers() if start.processes > 1 else ():
@@ -110,70 +96,56 @@ class Run:
         self.bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
 
     def validate(self, criterion):
-        """The validation slices' scores; {} without slices, None in an epoch that leaves it out.
-
-        val_loss is without weights, val_misclassification at P(interior) > 0.5; val_v_rand and val_v_info are at the
-        best threshold of each, val_threshold is that of V_Rand. The mask's `grow` is that of misclassification.
-        """
-        if self.val_set is None:
+        """The validation slices' scores; {} in an epoch without. val_loss is without weights, val_misclassification at
+        P(interior) > 0.5, val_v_rand and val_v_info at the best threshold of each: val_threshold is V_Rand's."""
+        if self.val_set is None or (self.epoch % self.args.val_every and self.epoch not in (1, self.args.epochs)):
             return {}
-        if self.epoch % self.args.val_every and self.epoch not in (1, self.args.epochs):
-            return None
         self.net.eval()
         thresholds = scores.THRESHOLDS[1:-1]
-        loss, counts = 0.0, np.zeros((len(thresholds), 9))
+        loss, counts = 0.0, np.zeros((len(self.val_set), len(thresholds), 9))
         with flow.no_grad():
             for index in range(start.rank, len(self.val_set), start.processes):  # shared out between the ranks
                 image, label = (flow.tensor(a[None]).to(self.device) for a in self.val_set[index])
                 logits = self.net.forward(image)  # net(image) would wait for ranks that have no slice left
                 loss += criterion(logits, label).mean().item()
-                counts += scores.count(flow.sigmoid(logits).numpy()[0, 0], label.numpy()[0, 0] > 0.5, thresholds)
+                counts[index] = scores.count(logits.sigmoid().numpy()[0, 0], label.numpy()[0, 0] > 0.5, thresholds)
                 start.got_further()
         loss, *sums = sum_over_ranks(loss, *counts.ravel())
-        counts = np.reshape(sums, counts.shape)
-        counts[:, :2] /= len(self.val_set)  # V_Rand and V_Info are means over the slices
-        found = scores.combine([counts])
+        found = scores.combine(np.reshape(sums, counts.shape))
         names = "v_rand", "v_info", "pixel_misclassification"
         (v_rand, threshold), (v_info, _), (_, grow) = (scores.best(found, name, thresholds) for name in names)
         self.mask = {"threshold": threshold, "grow": min(threshold, grow)}
         wrong = found["pixel_misclassification"][len(thresholds) // 2]
-        named = {"loss": loss / len(self.val_set), "misclassification": wrong, "v_rand": v_rand, "v_info": v_info}
-        return {f"val_{name}": value for name, value in (named | {"threshold": threshold}).items()}
+        columns = {"val_loss": loss / len(self.val_set), "val_misclassification": wrong}
+        return columns | {"val_v_rand": v_rand, "val_v_info": v_info, "val_threshold": threshold}
 
     def finish(self, val_scores):
         """Write checkpoints, then the log, and print the epoch's line; FloatingPointError if it has spoilt the net."""
-        columns = {"train_loss": self.train_loss} | (val_scores or {}) | self.further
-        tensors = (tensor.numpy() for tensor in self.net.state_dict().values())
-        if not all(np.isfinite(value).all() for value in (*columns.values(), *tensors)):
-            what = f"loss or weights are no longer finite after epoch {self.epoch}"
-            raise FloatingPointError(f"{what}: try a smaller --lr; {start.kept}")
+        columns = {"train_loss": self.train_loss} | val_scores | self.further
+        tensors, optimizer = checkpoint.contents(self.net, self.optimizer)
+        if not all(np.isfinite(value).all() for value in (*columns.values(), *tensors.values())):
+            raise FloatingPointError(f"epoch {self.epoch}: loss or weights overflow, try a smaller --lr; {start.kept}")
         by = "val_" + self.args.best_by if val_scores else "train_loss"
         loss = 1 - columns[by] if by == "val_v_rand" else columns[by]
         better = self.best is None or self.best["by"] != by or loss < self.best["loss"]
-        if improved := better and val_scores is not None:
+        if improved := better and (self.val_set is None or val_scores != {}):
             self.best = {"epoch": self.epoch, "loss": loss, "by": by, **self.mask}
         if start.rank:
             return
         row = {"epoch": str(self.epoch), "lr": f"{self.optimizer.param_groups[0]['lr']:.6g}"}  # lr: after the epoch
         row |= {"seconds": f"{self.seconds:.2f}", "images_per_second": f"{self.samples / self.seconds:.3f}"}
         self.rows.append(row | {name: f"{value:.6f}" for name, value in columns.items()})
+        model = {name: getattr(self.net, name) for name in ("n_channels", "n_classes", "bilinear", "base_channels")}
+        metadata = {"model": model, "optimizer": optimizer, "arguments": self.arguments, "amp": self.amp}
+        metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
+        metadata |= {name: self.best[name] for name in self.mask}
+        metadata |= {"pixel_size": self.args.pixel_size, "synthetic": is_synthetic(self.args.data_path)}
+        metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1"}
+        metadata |= {"versions": {"oneflow": flow.__version__, "numpy": np.__version__}}
         for path in [self.last.with_name("best.safetensors")] * improved + [self.last]:
-            checkpoint.write(path, *self.contents())
+            checkpoint.write(path, tensors, metadata)
         start.keep(f"epoch {self.epoch} is in {self.last}, go on with --resume {self.last}")
         write_log(self.args.log_file, self.rows)
         line = f"epoch: {self.epoch} avg loss: {columns.pop('train_loss'):.6f} time: {self.seconds:.0f} s"
         line += "".join(f" {name.replace('_', ' ')}: {value:.4f}" for name, value in columns.items())
         print(line + f" (best {by.replace('_', ' ')})" * improved, flush=True)
-
-    def contents(self):
-        """A checkpoint's tensors and metadata: the net, the optimizer and what else resuming and predicting need."""
-        tensors, optimizer = checkpoint.contents(self.net, self.optimizer)
-        model = {name: getattr(self.net, name) for name in ("n_channels", "n_classes", "bilinear", "base_channels")}
-        metadata = {"model": model, "optimizer": optimizer, "arguments": self.arguments}
-        metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
-        best = self.best or self.mask  # of older checkpoints without `grow`
-        metadata |= {"threshold": best["threshold"], "grow": best.get("grow", best["threshold"])}
-        metadata["pixel_size"] = self.args.pixel_size
-        metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1", "amp": self.amp}
-        versions = {"oneflow": flow.__version__, "numpy": np.__version__}
-        return tensors, metadata | {"synthetic": is_synthetic(self.args.data_path), "versions": versions}

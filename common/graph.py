@@ -1,5 +1,7 @@
 """What a static graph needs to train as an eager loop does: shapes, and an optimizer's state and counters shared."""
 
+from functools import cache
+
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common.arguments import InputError
 
@@ -7,16 +9,14 @@ import oneflow as flow
 from oneflow import nn
 
 # What the eager optimizers keep of a parameter, and what a graph calls the same.
-STATE = {"Adam": {"exp_avg": "m", "exp_avg_sq": "v"}, "SGD": {"momentum_buf": "momentum"}}
-STATE["AdamW"] = STATE["Adam"]
+ADAM = {"exp_avg": "m", "exp_avg_sq": "v"}
+STATE = {"Adam": ADAM, "AdamW": ADAM, "SGD": {"momentum_buf": "momentum"}}
 
 
 class TrainingGraph(nn.Graph):
-    """One training step, compiled for the shapes of its first call; subclasses have `build`.
-
-    All graphs work on the net's own tensors, on the optimizer's and on `count`, the steps so far, int64 (1,). That
-    drives schedule and bias correction: resumed with another number of steps an epoch, they differ from eager ones.
-    """
+    """One training step, compiled for the shapes of its first call; subclasses have `build`. All work on the net's own
+    tensors, the optimizer's, and `count`, the steps so far, int64 (1,), which drives schedule and bias correction:
+    resumed with another number of steps an epoch, they differ from eager ones."""
 
     def __init__(self, net, criterion, optimizer, schedule, count, amp):
         super().__init__()
@@ -42,19 +42,16 @@ class Graphs:
     """A step for batches of any shape: Graphs(TrainGraph, net, …)(image, label, weight) calls a graph of that shape."""
 
     def __init__(self, kind, net, criterion, optimizer, schedule, amp):
+        self.net, self.optimizer, self.schedule = net, optimizer, schedule
         self.count = flow.tensor([schedule.last_step], dtype=flow.int64)
-        self.new = lambda: kind(net, criterion, optimizer, schedule, self.count, amp)
-        self.net, self.optimizer, self.schedule, self.of_shape = net, optimizer, schedule, {}
+        self.of_shape = cache(lambda _: kind(net, criterion, optimizer, schedule, self.count, amp))
 
     def __call__(self, *inputs):
-        shape = inputs[0].shape
-        if shape not in self.of_shape:
-            self.of_shape[shape] = self.new()
-        return self.of_shape[shape](*inputs)
+        return self.of_shape(inputs[0].shape)(*inputs)
 
     def keep_count(self):
         """Count the steps since the last call where eager ones count themselves; to be called after each epoch."""
-        steps = int(self.count.numpy()[0]) - self.schedule.last_step
+        steps = self.count.item() - self.schedule.last_step
         for name, buffer in self.net.named_buffers():
             if name.endswith("num_batches_tracked"):
                 buffer += steps

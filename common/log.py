@@ -12,9 +12,7 @@ COLUMNS += ("lr", "seconds", "images_per_second")
 
 def write_log(path, rows):
     """Write the log, an average loss a line with four decimals, and the table, a .csv beside it.
-
-    rows: {column: text} of each epoch; a column that COLUMNS doesn't have comes after those.
-    """
+    rows: {column: text} of each epoch; a column that COLUMNS doesn't have comes after those."""
     table = io.StringIO()
     columns = dict.fromkeys(COLUMNS) | dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(table, columns, lineterminator="\n")
