@@ -132,6 +132,6 @@ def find_master(same_host, address, port, seconds):
 
 
 def got_further(seconds=None):
-    """Wind up several processes' watchdog, in C as OneFlow's waits let no Python run; it ends a job that stands still."""
+    """Wind up several processes' watchdog, in C as OneFlow waits without Python; it ends a job that stands still."""
     if patience:
         faulthandler.dump_traceback_later(seconds or patience, exit=True, file=stderr)
