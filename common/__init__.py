@@ -7,11 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-missing = [name for name in ("numpy", "cv2", "tqdm", "safetensors", "tifffile", "skimage") if find_spec(name) is None]
-if missing:
+if missing := [name for name in ("numpy", "cv2", "tqdm", "safetensors", "tifffile", "skimage") if not find_spec(name)]:
     sys.exit(f"no {', '.join(missing)} in this Python: run `source env.sh` in {ROOT} first")
 
-# A script of this repository that is being started, and nobody else who imports this: until start.run() has its own
-# answer to Ctrl-C, that ends the script without a traceback.
+# Until start.run() has its own answer, Ctrl-C ends a script of this repository, not who else imports this, silently.
 if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent in (ROOT, ROOT / "data"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,24 +4,21 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.arguments import InputError
 
-HOST = re.sub(r"\W", "_", os.uname().nodename)  # a part of a file's name
+HOST = socket.gethostname()
 unfinished = set()  # files that are being written: who ends the process in the midst removes them
 held = {}  # what this process has locked: real path -> what holds the lock
 
 
 @contextmanager
 def write_whole(path, sync=True):
-    """A binary file to write to; `path` holds what it held until all is written, then all of it.
-
-    With `sync` that is so even after a power cut. Of two processes that write one file, the later one's is there.
-    """
+    """A binary file to write to; `path` holds what it held until all is written, then all of it; with `sync` even after
+    a power cut. Of two processes that write one file, the later one's is there."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.new")
     unfinished.add(aside)
@@ -48,29 +45,25 @@ def write_whole(path, sync=True):
 
 def make_folder(path):
     """Make a folder to write to, before the work, and tidy up what killed processes left there. Raises InputError."""
-    path = Path(path)
     with suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        os.makedirs(path, exist_ok=True)
+    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: can't be written to as a folder, choose another one")
-    for left in path.glob(f".*.{HOST}.*.new"):  # other hosts may be at work in the folder too
+    for left in Path(path).glob(f".*.{HOST}.[0-9]*.new"):  # other hosts may be at work in the folder too
         if not Path("/proc", left.name.split(".")[-2]).exists():
             left.unlink(missing_ok=True)
 
 
 def check_output(path):
     """Make the folder of a file to write. Raises InputError where it can't be written."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is in the way, it is not a file")
-    make_folder(path.parent)
+    make_folder(Path(path).parent)
 
 
 def lock(path):
-    """Hold a file or folder to write until the process ends. Raises InputError if another one holds it.
-
-    Held is a name in the kernel, so nothing is left behind, and a folder, which other hosts may write to, itself.
-    """
+    """Hold a file or folder to write until the process ends. Raises InputError if another one holds it. Held is a name
+    in the kernel, so nothing is left behind, and a folder, which other hosts may write to, itself."""
     real = os.path.realpath(path)
     if real in held:
         return

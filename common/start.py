@@ -9,59 +9,57 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from itertools import pairwise
 from multiprocessing.queues import Queue
 from pathlib import Path
 
 from common.arguments import InputError
 from common.files import unfinished
 
+VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")  # a launcher sets them, or a pod
 LOST = "a process of --num_workers is gone: give it more memory or more of /dev/shm, or pass --num_workers 0"
-
+several = os.environ.get("WORLD_SIZE") not in (None, "", "1")
 rank, processes = 0, 1  # of this process, of how many; join() sets them
 kept = "nothing was finished, nothing is kept"
 main_process, stderr = os.getpid(), 2  # stderr: also while descriptor 2 is silenced
 patience, port_names = None, []  # of several processes: the watchdog's seconds; what holds the job's port
+libc = ctypes.CDLL(None)
 
 
 def run(main):
-    """Call `main()` and end the process: 0 done, 2 bad input (one line), 130 interrupted, 1 anything else.
-
-    By `os._exit`: OneFlow's own shutdown hangs now and then, and where another process waits for this one, always.
-    """
+    """Call `main()` and end without OneFlow's shutdown, it can hang: 0 done, 2 bad input, 130 interrupted, else 1."""
     global stderr
     stderr = os.dup(2)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8
-    if not os.path.exists("/dev/nvidia0"):
-        # OneFlow's thread of its own for operations would spin beside the kernels' threads. It reads this once.
+    if not os.path.exists("/dev/nvidia0"):  # OneFlow's own thread for operations would spin beside the kernels' threads
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
-    # A worker of a DataLoader that finds no room in /dev/shm would drop its batch, which is then waited for for ever.
+    # A DataLoader's worker that finds no room in /dev/shm would drop its batch, which is then waited for for ever.
     Queue._on_queue_feeder_error = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     sys.unraisablehook = lambda _: None  # a DataLoader that is half made when a worker dies has more to say than we
-    code, said = 1, ""
     try:
-        try:
+        with sys.stdout:  # what is printed can't be lost unnoticed: closing fails on a full disk, and with `| head`
             main()
-            leave_together()
-        finally:
-            sys.stdout.flush()  # a full disk fails here, and `| head`
-        code = 0
+        if processes > 1:  # leave together: one that is gone fails those that still compute
+            sys.modules["oneflow"].comm.barrier()
+            # OneFlow aborts when it finds the others gone, which is no fault now: let that thread wait, unheard.
+            libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            time.sleep(1 if rank == 0 else 0.5)  # until the others have got that far; rank 0 answers them all
     except SystemExit as exit:
-        code, said = (exit.code or 0, "") if isinstance(exit.code, int | None) else (1, exit.code)
+        if not isinstance(exit.code, int | None):
+            complain(exit.code, 1)
+        os._exit(exit.code or 0)
     except InputError as error:
         text = str(error).rstrip().rpartition("InputError: ")[2]  # of a DataLoader's worker it has a traceback in front
-        # Files from strangers must not break the line, or colour the terminal.
-        code, said = 2, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        complain("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), 2)  # strangers' names in one line
     except OSError as error:
-        said = f"{error.filename or 'output'}: {error.strerror or error}; {kept}"
+        complain(f"{error.filename or 'output'}: {error.strerror or error}; {kept}", 1)
+    except FloatingPointError as error:
+        complain(error, 1)
     except Exception as error:
-        lost = "DataLoader worker (pid" in str(error)
-        said = f"{LOST}; {kept}" if lost else error if isinstance(error, FloatingPointError) else traceback.format_exc()
-    if said:
-        complain(said)
-    os._exit(code)
+        complain(f"{LOST}; {kept}" if "DataLoader worker (pid" in str(error) else traceback.format_exc(), 1)
+    os._exit(0)
 
 
 def keep(text):
@@ -79,8 +77,7 @@ def interrupt(signum, _):
         if rank == 0:
             os.write(stderr, os.fsencode(f"\ninterrupted: {kept}\n"))  # not print(), which may be at work already
         os._exit(128 + signum)
-    if signum == signal.SIGTERM:  # a DataLoader's worker, which ends with us after Ctrl-C
-        os._exit(0)
+    os._exit(0)  # a DataLoader's worker
 
 
 def complain(message, code=None):
@@ -95,42 +92,31 @@ def complain(message, code=None):
 def join():
     """Become the process that the launcher's environment says; ends it where OneFlow wouldn't find the others."""
     global rank, processes, patience, stderr
-    if (os.environ.get("WORLD_SIZE") or "1") == "1":
-        return
     stderr = os.dup(2)
     try:
-        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-        processes, rank, local, port = (int(os.environ[name]) for name in names)
-        address = os.environ["MASTER_ADDR"]
+        *numbers, address = (os.environ[name] for name in VARIABLES)
+        processes, rank, local, port = map(int, numbers)
     except (KeyError, ValueError):
         complain("WORLD_SIZE is set, but not all that oneflow.distributed.launch sets: start it with that", 2)
-    # A launcher can be ended without its ranks: have the kernel end them with it (1 is PR_SET_PDEATHSIG).
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    words, patience = " ".join(sys.argv).replace("=", " ").split(), 1e6
-    with suppress(ValueError):  # the flags aren't parsed yet, which says what makes no sense
-        patience = min(max(0.1, float(dict(pairwise(words)).get("--rank_timeout", 1800))), 1e6)
-    find_master(local == rank, address, port, max(patience, 10))
-    got_further(max(patience, 30))  # it may take OneFlow 10 seconds to look again
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a launcher can be ended without its ranks, they end with it
+    after, patience = " ".join(sys.argv).replace("=", " ").rpartition("--rank_timeout ")[2], 1800
+    with suppress(ValueError, IndexError):  # not given, or what makes no sense, which parsing the flags will say
+        patience = min(1e6, float(after.split()[0]))
+    find_master(local == rank, address, port, max(10, patience))
+    got_further(max(30, patience))  # it may take OneFlow 10 seconds to look again
 
 
 def launched():
-    """Whether oneflow.distributed.launch started this as one of several. Its variables may be those of a whole pod."""
-    with suppress(OSError):  # a parent may be hidden
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
-        several = (os.environ.get("WORLD_SIZE") or "1") != "1"
-        return several and any(word.endswith((b"distributed.launch", b"distributed/launch.py")) for word in words)
+    """Whether oneflow.distributed.launch started this as one of several: a pod's variables name no log of a rank."""
+    return several and "local_rank_" in os.environ.get("GLOG_log_dir", "")  # noqa: SIM112
 
 
 def find_master(same_host, address, port, seconds):
-    """Take the port of the job (rank 0), or wait until rank 0 of this job, and of no other one, is there.
-
-    Of two jobs that start at once both find the port free; only one gets its name in the kernel. A second name is of
-    this launcher: its ranks look for that.
-    """
-    names = [f"unet-{port}", f"unet-{port}-{os.getppid()}"]
+    """Take the port of the job (rank 0), or wait until rank 0 of this job, and of no other one, is there."""
+    ours = f"unet-{port}-{os.getppid()}"
     if rank == 0:
         try:
-            for name in names:
+            for name in (f"unet-{port}", ours):  # of two jobs that find the port free, one gets the first name
                 port_names.append(socket.socket(socket.AF_UNIX))
                 port_names[-1].bind(f"\0{name}")
             return socket.create_server(("", port)).close()
@@ -139,31 +125,13 @@ def find_master(same_host, address, port, seconds):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with suppress(OSError):
-            if not same_host or f"@{names[1]}\n" in Path("/proc/net/unix").read_text():
+            if not same_host or f"@{ours}\n" in Path("/proc/net/unix").read_text():
                 return socket.create_connection((address, port), 5).close()
         time.sleep(0.05)
     complain(f"the other processes are not at {address}:{port} after {seconds:g} s", 1)
 
 
 def got_further(seconds=None):
-    """Of several processes, wind up the watchdog: if that isn't done again for --rank_timeout, it ends the job.
-
-    OneFlow never gives up waiting for other ranks, and lets no Python run meanwhile; the watchdog is a thread in C.
-    """
+    """Wind up several processes' watchdog, in C as OneFlow waits without Python; it ends a job that stands still."""
     if patience:
         faulthandler.dump_traceback_later(seconds or patience, exit=True, file=stderr)
-
-
-def leave_together():
-    """Of several processes that ended well, wait for the others: one that is gone fails those that still compute."""
-    if processes == 1:
-        return
-    import oneflow
-
-    oneflow.comm.barrier()
-    # OneFlow looks every ten seconds whether the others are there and aborts if not. From here on that is no fault:
-    # let the thread that aborts wait for the end, and what it has to say be lost.
-    libc = ctypes.CDLL(None)
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    time.sleep(1 if rank == 0 else 0.5)  # until the others have got that far; rank 0 answers them all
