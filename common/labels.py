@@ -1,7 +1,4 @@
-"""Labels: pairing them with slices, reading them, and judging from the whole set which value is membrane.
-
-In a label white is the interior of a cell and black is membrane. Others are refused, with the command that converts.
-"""
+"""Labels, white where a cell's interior is, black on membrane: pairing, reading, judging the values of a whole set."""
 
 from pathlib import Path
 
@@ -18,14 +15,10 @@ def beside(path, given="image", wanted="label"):
 
 
 def pair(path, label_path, suffix=""):
-    """Slices and their labels -> [(slice, label)], each (name, file, page), label None where a slice has none.
-
-    Two folders pair by name (`0.png` and `0.tif` do too), else order pairs them. Names of slices may end in `suffix`;
-    those that don't are then left out. Raises InputError, also where a stack is of another length.
-    """
+    """Slices and labels, each (name, file, page), as [(slice, label or None)]: folders by name, whatever the kinds,
+    else by order, of one length or InputError. If names of slices end in `suffix`, only those count, without it."""
     slices, labels = list_slices(path), list_slices(label_path)
-    if suffix and any(name.endswith(suffix) for name, _, _ in slices):
-        slices = [(name.removesuffix(suffix), *where) for name, *where in slices if name.endswith(suffix)]
+    slices = [(name.removesuffix(suffix), *where) for name, *where in slices if name.endswith(suffix)] or slices
     if Path(path).is_dir() and Path(label_path).is_dir():
         of_name = {label[0]: label for label in labels}
         return [(one, of_name.get(one[0])) for one in slices]
@@ -35,11 +28,8 @@ def pair(path, label_path, suffix=""):
 
 
 def read_label(file, page=0, values=None):
-    """One label as float32 (H, W): 1 where it is interior, 0 where membrane.
-
-    values: (membrane, interior) of the whole set, from judge(); without them the label's own lowest and highest. Raises
-    InputError for a label that read_grey() refuses.
-    """
+    """One label as float32 (H, W): 1 where it is interior, 0 where membrane. values: (membrane, interior) of the whole
+    set, from judge(); without them the label's own lowest and highest. Raises InputError, see read_grey()."""
     label = read_grey(file, page)
     return (label == (values[1] if values else label.max())).astype(np.float32)
 
@@ -47,7 +37,7 @@ def read_label(file, page=0, values=None):
 def read_grey(file, page=0):
     """A label (H, W) of at most two values as it is in the file. Raises InputError for any other, saying what it is."""
     label, palette = read_page(file, page)
-    colours = label.reshape(*label.shape[:2], -1)
+    colours = np.atleast_3d(label)
     transparent = colours.shape[2] == 4 and np.ptp(colours[:, :, 3])
     if palette or transparent or np.ptp(colours[:, :, :3], axis=2).any():
         kind = "a palette" if palette else "transparency" if transparent else "colours"
@@ -87,22 +77,17 @@ def look(label, image):
 
 
 def judge(label_path, looks, seen=True, part=False):
-    """The two values of a set of labels, (membrane, interior), told from all of them.
-
-    looks: look() of each. seen: whether with its slice. part: whether these are only some of the labels, which may then
-    have one value. Raises InputError where there are more than two or only one, or where what should be interior looks
-    like membrane: less than half of all pixels and, where slices are seen, darker than the rest.
-    """
-    total = {}
-    for value, numbers in (item for one in looks for item in one.items()):
-        total[value] = np.add(total.get(value, 0), numbers)
-    if part and len(total) == 1 and set(total) <= {0, 1, 255}:
-        return 0, max(*total, 1)
-    if len(total) != 2:
-        refuse(label_path, total)
-    (dark_pixels, dark), (pixels, light) = (total[value] for value in sorted(total))
+    """(membrane, interior), the two values of a set of labels, from look() of each. seen: whether with its slice. part:
+    whether these are only some of the labels, which may have one value. Raises InputError for other numbers of values,
+    and for an interior like membrane: less than half of all pixels and, where slices are seen, darker than the rest."""
+    values = sorted(set().union(*looks))
+    if part and values in ([0], [1], [255]):
+        return 0, max(*values, 1)
+    if len(values) != 2:
+        refuse(label_path, values)
+    (dark_pixels, dark), (pixels, light) = (np.sum([one[v] for one in looks if v in one], axis=0) for v in values)
     if pixels < dark_pixels and not (seen and light / pixels >= dark / dark_pixels):
         text = f"{label_path}: its white parts are {pixels / (pixels + dark_pixels):.0%} of the pixels"
         why = " and dark in the slices, so membrane" if seen else ": if interior, pass --image, if membrane"
         raise InputError(f"{text}{why}: {CONVERT.replace('SOURCE', str(label_path))} --membrane white")
-    return tuple(sorted(total))
+    return tuple(values)
