@@ -105,6 +105,8 @@ def training_parser(doc, augmentations):
 
 def parse_args(doc, augmentations, argv=None):
     """The training scripts' arguments; those of --resume's checkpoint are the defaults. Raises InputError."""
+    from common.images import SUFFIXES  # here, since it needs OpenCV and this file
+
     parser = training_parser(doc, augmentations)
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(PATHS)))  # None: a path that is left open
     saved = saved_flags(parser, given) if given.resume or given.init else []

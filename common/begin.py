@@ -21,8 +21,7 @@ def pick_device(args, graph=False):
         raise InputError("this script trains in one process: launch ddp_train.py in several")
     device = pick(args.device)
     precision = "mixed" if mixed_precision(args, device, graph=graph) else "single"
-    if start.rank == 0:
-        print(f"device: {device}, {start.processes} process{'es' * (start.processes > 1)}, {precision} precision")
+    print(f"device: {device}, {start.processes} process{'es' * (start.processes > 1)}, {precision} precision")
     return device
 
 
@@ -69,8 +68,6 @@ def data_sets(SelfDataSet, args):
         raise InputError(f"no {DATA} here: python3 data/prepare.py isbi (or sample) makes it")
     options = {name: getattr(args, name) for name in ("augment", "crop", "repeat", "border_weight", "seed")}
     train_set = SelfDataSet(args.data_path, args.label_path, keep=slice(None, -args.val_count or None), **options)
-    if not train_set.pairs:
-        raise InputError(f"--val_count {args.val_count}: leaves no slice to train on")
     val_set = SelfDataSet(args.val_path, args.val_label_path) if args.val_path else None
     if args.val_count:
         val_set = SelfDataSet(args.data_path, args.label_path, keep=slice(-args.val_count, None))
@@ -86,10 +83,9 @@ def data_sets(SelfDataSet, args):
     mine = sum(int(data_set.digest[:8], 16) for data_set in (train_set, val_set) if data_set)  # exact in float64
     if sum_over_ranks(mine) != [start.processes * mine]:
         raise InputError(f"{args.data_path}: this process has other slices than another one")
-    if start.rank == 0:
-        if is_synthetic(args.data_path):
-            print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
-        print(f"{len(train_set.pairs)} training slices, {len(val_set.pairs) if val_set else 0} validation slices")
+    if is_synthetic(args.data_path):
+        print("The slices are a SYNTHETIC SAMPLE: scores on it mean NOTHING for real tissue.")
+    print(f"{len(train_set.pairs)} training slices, {len(val_set.pairs) if val_set else 0} validation slices")
     return train_set, val_set
 
 

@@ -18,8 +18,8 @@ PIECE = 300  # pixels of the weights: of ISBI 2012's slices 0 to 4, 200 to 500 a
 
 def find_mask(probability, threshold, grow, piece=PIECE):
     """P(interior) (H, W), float32 -> mask (H, W), bool: P > threshold, grown into P > grow, but for the ridge of low P
-    where cells (4-connected) meet. What has under `piece` pixels is a part of a larger cell that it reaches over P > grow,
-    as most organelles are. Nets trained with border weights want all this: docs/recipe.md."""
+    where cells (4-connected) meet. What has under `piece` pixels and reaches a larger cell over P > grow is a part of
+    that, as most organelles are. Nets trained with border weights want all this: docs/recipe.md."""
     found, wide = probability > threshold, probability > grow
     if grow >= threshold:
         return found

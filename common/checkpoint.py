@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.arguments import InputError
 from common.files import write_whole
-from common.images import say_once
+from common.images import print_once
 from unet import UNet  # which brings OneFlow without its noise
 
 import numpy as np
@@ -86,7 +86,7 @@ def named_as_ours(path, tensors):
     bare = not any(name.endswith(BIASES) for name in found)
     changes = {f"names without {prefix}": prefix, f"left out {left}": left, "its 3x3 convolutions have no biases": bare}
     if said := "; ".join(text for text, so in changes.items() if so):
-        say_once(f"{path}: weights that others trained: {said}")
+        print_once(f"{path}: weights that others trained: {said}")
     known = [name for name in zeros if name in found or name.endswith(("num_batches_tracked", *BIASES * bare))]
     return {name: found.get(name, zeros[name]) for name in known}
 

@@ -36,14 +36,14 @@ class Run:
             metadata = checkpoint.resume(args.resume, net, optimizer)
             self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
             start.keep(f"nothing new was finished, {args.resume} is as it was")
-            for name in ("slices", "processes", *RESUMED, "augment") if start.rank == 0 else ():
+            for name in ("slices", "processes", *RESUMED, "augment"):
                 was, now = metadata["arguments"].get(name), self.arguments[name]
                 if was not in (None, now):  # older checkpoints don't say all
                     print(f"not as {args.resume} was trained: {name} {was} -> {now}")
         elif args.init:
             tensors, _, metadata = checkpoint.read(args.init)
             checkpoint.fill(args.init, net, tensors)
-            if metadata["further"] and start.rank == 0:
+            if metadata["further"]:
                 print(f"{args.init}: has {1 + len(metadata['further'])} nets, training begins with the first")
         if start.rank == 0:
             check_output(args.log_file)

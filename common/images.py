@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from common import start
 from common.arguments import InputError
 
 import cv2
@@ -56,7 +55,7 @@ def list_slices(path):
     if not images:
         raise InputError(f"{path}: no such file, or it holds no image (looked for {', '.join(sorted(SUFFIXES))})")
     others = sorted(f.name for f in set(files) - set(images) if f.name[0] != "." and f.name != "cells.csv")  # ours
-    if others and start.rank == 0:
+    if others:
         print_once(f"{path}: left out {', '.join(others[:5])}{', …' * (len(others) > 5)}, files of kinds not read here")
     # Digits compare as numbers; re.split alternates text and digits, so like meets like. 01 and 1 need the name too.
     images.sort(key=lambda f: ([int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", f.name)], f.name))
@@ -87,7 +86,7 @@ def list_pages(file):
             raise InputError("has its slices in one page, save them as files (Fiji: Save As > Image Sequence)")
         if channels > 1 and (pages > channels or (tiff.imagej_metadata or {}).get("mode") in ("composite", "color")):
             raise InputError(f"has {channels} channels for a slice, save one (Fiji: Image > Color > Split Channels)")
-    if 1 < channels == pages and start.rank == 0:  # as tifffile writes slices
+    if 1 < channels == pages:  # as tifffile writes slices
         print_once(f"{file}: its {channels} channels are taken for slices")
     return slices or [0]
 

@@ -31,6 +31,8 @@ def run(main):
     stderr = os.dup(2)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
+    if rank:  # what all ranks have to say, rank 0 says
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that aren't UTF-8
     if not os.path.exists("/dev/nvidia0"):  # OneFlow's own thread for operations would spin beside the kernels' threads
         os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
