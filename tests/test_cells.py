@@ -150,7 +150,7 @@ def test_masks_grow_where_cells_dont_meet(seed):
     """Each cell of the mask has one of P > T in it and all of that, and is P > G; a wide slope takes no time."""
     noise = cv2.GaussianBlur(np.random.default_rng(seed).normal(size=(80, 100)), (0, 0), 3)
     probability = np.float32(cv2.normalize(noise, None, 0, 1, cv2.NORM_MINMAX))
-    mask, found = find_mask(probability, 0.6, 0.3), probability > 0.6
+    mask, found = find_mask(probability, 0.6, 0.3, piece=0), probability > 0.6
     assert (mask >= found).all() and (probability[mask] > 0.3).all() and mask.sum() > 1.5 * found.sum()
     count, numbers = cv2.connectedComponents(found.astype(np.uint8), connectivity=4)
     grown, cells = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
@@ -158,7 +158,7 @@ def test_masks_grow_where_cells_dont_meet(seed):
     assert count == grown == pairs.shape[1] + 1 > 5
     # Lines that skimage draws with connectivity 2 would take it all of the memory here.
     large = cv2.resize(probability, (1200, 1000), interpolation=cv2.INTER_CUBIC)
-    assert abs(find_mask(large, 0.6, 0.3).mean() - mask.mean()) < 0.08
+    assert abs(find_mask(large, 0.6, 0.3, piece=0).mean() - mask.mean()) < 0.08
     assert np.array_equal(find_mask(probability, 0.6, 0.6), found)
     assert not find_mask(probability * 0.5, 0.6, 0.2).any()
 
@@ -166,9 +166,22 @@ def test_masks_grow_where_cells_dont_meet(seed):
 def test_cells_meet_at_the_ridge():
     """The line between two cells is where P is lowest, wherever that is between them."""
     rows = np.float32([0.9] * 5 + [0.44, 0.4, 0.38, 0.36, 0.34, 0.32, 0.3, 0.33] + [0.9] * 5)
-    mask = find_mask(np.repeat(rows[:, None], 30, axis=1), 0.5, 0.2)
+    mask = find_mask(np.repeat(rows[:, None], 30, axis=1), 0.5, 0.2, piece=100)
     np.testing.assert_array_equal(np.flatnonzero(~mask.all(1)), [11])
     assert not mask[11].any()
+
+
+def test_small_pieces_are_parts_of_larger_cells():
+    """A piece that P > grow joins to a larger cell is a part of it; alone, or with other pieces only, it is a cell."""
+    probability = np.zeros((40, 60), np.float32)
+    probability[2:38, 2:25] = 0.9  # a cell, and a piece in it behind a rim
+    probability[10:20, 10:20], probability[12:18, 12:18] = 0.4, 0.9
+    probability[2:8, 40:46], probability[20:26, 40:46], probability[20:26, 48:54] = 0.9, 0.9, 0.9  # one alone, two that
+    probability[20:26, 46:48] = 0.4  # are joined
+    for piece, count in ((100, 4), (36, 5), (0, 5)):
+        mask = find_mask(probability, 0.6, 0.3, piece)
+        assert cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1 == count
+        assert mask[10:20, 10:20].all() == (piece == 100) and mask[12:18, 12:18].all()
 
 
 def test_masks_are_as_checkpoint_and_flags_say(predict, tmp_path):

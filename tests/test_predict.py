@@ -167,13 +167,13 @@ def test_weights_in_the_box(tmp_path):
     assert not moments
     nets, _ = checkpoint.load_net(boxed)
     assert [net.base_channels for net in nets] == [metadata["model"]["base_channels"]] * 2
-    assert (metadata["threshold"], metadata["grow"]) == (0.5, 0.15)  # as README says
+    assert (metadata["threshold"], metadata["grow"]) == (0.6, 0.2)  # as README says
     assert metadata["arguments"]["data_path"] == "data/train_image"
     # It finds the synthetic sample's membranes, which look like those that it has seen.
     script("data/prepare.py", "sample", "--out", tmp_path, cwd=tmp_path)
     image = read_slice(tmp_path / "test_image/0.png")
     interior = read_slice(tmp_path / "test_label/0.png") > 0
-    found = find_mask(tiles.predict(nets, image), 0.5, 0.15)
+    found = find_mask(tiles.predict(nets, image), 0.6, 0.2)
     assert (found != interior).mean() < 0.1 < 0.15 < (~interior).mean()
 
 

@@ -137,7 +137,7 @@ def test_border_weights_reach_the_loss(slices, tmp_path):
     masks = [metadata_of(tmp_path / BEST)]
     train("--epochs", 1, "--border_weight", 0, cwd=tmp_path)
     masks.append(metadata_of(tmp_path / BEST))
-    assert [(mask["threshold"], mask["grow"]) for mask in masks] == [(0.5, 0.15), (0.5, 0.5)]
+    assert [(mask["threshold"], mask["grow"]) for mask in masks] == [(0.6, 0.2), (0.5, 0.5)]
 
 
 def test_dropout_reaches_the_net(slices, tmp_path, monkeypatch):
