@@ -8,6 +8,7 @@ For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.p
 with --cells also NAME_cells.png (a number a cell, for Fiji or napari), NAME_colours.png and cells.csv (docs/cells.md).
 """
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def find_slices(args, scale, stacks):
 
 
 def main():
-    if start.launched():
+    if start.several and "local_rank_" in os.environ.get("GLOG_log_dir", ""):  # noqa: SIM112  not in a pod
         raise InputError("predicts in one process: start it without the launcher")
     args = parse_args()
     place = begin.pick(args.device)

@@ -1,5 +1,6 @@
 """An epoch of training: its batches, validation, and what is written at its end."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -120,11 +121,11 @@ class Run:
         return columns | {"val_v_rand": v_rand, "val_v_info": v_info, "val_threshold": threshold}
 
     def finish(self, val_scores):
-        """Write checkpoints, then the log, and print the epoch's line; FloatingPointError if it has spoilt the net."""
+        """Write checkpoints, then the log, and print the epoch's line; SystemExit if it has spoilt the net."""
         columns = {"train_loss": self.train_loss} | val_scores | self.further
         tensors, optimizer = checkpoint.contents(self.net, self.optimizer)
         if not all(np.isfinite(value).all() for value in (*columns.values(), *tensors.values())):
-            raise FloatingPointError(f"epoch {self.epoch}: loss or weights overflow, try a smaller --lr; {start.kept}")
+            sys.exit(f"epoch {self.epoch}: loss or weights overflow, try a smaller --lr; {start.kept}")
         by = "val_" + self.args.best_by if val_scores else "train_loss"
         loss = 1 - columns[by] if by == "val_v_rand" else columns[by]
         better = self.best is None or self.best["by"] != by or loss < self.best["loss"]

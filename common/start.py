@@ -57,8 +57,6 @@ def run(main):
         complain("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), 2)  # strangers' names in one line
     except OSError as error:
         complain(f"{error.filename or 'output'}: {error.strerror or error}; {kept}", 1)
-    except FloatingPointError as error:
-        complain(error, 1)
     except Exception as error:
         complain(f"{LOST}; {kept}" if "DataLoader worker (pid" in str(error) else traceback.format_exc(), 1)
     os._exit(0)
@@ -106,11 +104,6 @@ def join():
         patience = min(1e6, float(after.split()[0]))
     find_master(local == rank, address, port, max(10, patience))
     got_further(max(30, patience))  # it may take OneFlow 10 seconds to look again
-
-
-def launched():
-    """Whether oneflow.distributed.launch started this as one of several: a pod's variables name no log of a rank."""
-    return several and "local_rank_" in os.environ.get("GLOG_log_dir", "")  # noqa: SIM112
 
 
 def find_master(same_host, address, port, seconds):

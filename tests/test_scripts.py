@@ -113,7 +113,6 @@ def test_how_a_script_ends(tmp_path):
             1,
             "-c: file: No space left; nothing was finished, nothing is kept\n",
         ),
-        ("raise FloatingPointError('infinite')", 1, "-c: infinite\n"),
     ):
         done = python(f"{begin}{last}\nstart.run(main)", cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (code, "begun\n", said), last
