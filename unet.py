@@ -23,26 +23,21 @@ class Dropout(nn.Module):
         return nn.functional.dropout(x, self.p) if self.training and self.p else x
 
 
-class PadTo(nn.Module):
-    """Adds the row or column of zeros that x lacks beside skip: pooling dropped the last one of an odd side."""
+class Join(nn.Module):
+    """Puts skip in front of x, which gets the row or column of zeros that pooling dropped from an odd side."""
 
-    def forward(self, x, skip):
+    def forward(self, skip, x):
         rows, columns = (skip.shape[i] - x.shape[i] for i in (2, 3))  # 0 or 1
-        return nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
-
-
-class Cat(nn.Module):
-    def forward(self, *parts):
-        return flow.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        x = nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
+        return flow.cat((skip, x), dim=1)
 
 
 class DoubleConv(nn.Module):
-    """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W). Concatenates its inputs."""
+    """(3x3 convolution, batch normalisation, ReLU) twice; (N, in, H, W) -> (N, out, H, W)."""
 
     def __init__(self, in_channels, out_channels, mid_channels=None):
         super().__init__()
         mid_channels = mid_channels or out_channels
-        self.cat = Cat()
         self.double_conv = nn.Sequential(
             nn.Conv2d(in_channels, mid_channels, kernel_size=3, padding=1),
             nn.BatchNorm2d(mid_channels),
@@ -52,8 +47,8 @@ class DoubleConv(nn.Module):
             nn.ReLU(inplace=True),
         )
 
-    def forward(self, *parts):
-        return self.double_conv(self.cat(*parts))
+    def forward(self, x):
+        return self.double_conv(x)
 
 
 class Down(nn.Module):
@@ -73,11 +68,11 @@ class Up(nn.Module):
         super().__init__()
         upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
         self.up = upsample if bilinear else nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
-        self.pad = PadTo()
+        self.join = Join()
         self.conv = DoubleConv(in_channels, out_channels, in_channels // 2)
 
     def forward(self, x, skip):
-        return self.conv(skip, self.pad(self.up(x), skip))
+        return self.conv(self.join(skip, self.up(x)))
 
 
 class OutConv(nn.Module):

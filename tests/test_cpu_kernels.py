@@ -19,23 +19,22 @@ from oneflow.nn import functional as F
 OUTPUT, GRADIENT = 2e-5, 5e-2
 
 
-def compare(net, image, compute, training, inputs=1, gradient=GRADIENT):
+def compare(net, image, compute, training, gradient=GRADIENT):
     """Outputs, all gradients and buffers of an accelerated net against the reference's.
 
-    image: (N, C, H, W), cut into `inputs` inputs along C. compute: what the Reference's method is.
+    image: (N, C, H, W). compute: what the Reference's method is.
     """
     reference = Reference(net.state_dict())
     accelerate(net).train(training)
-    parts = [flow.tensor(p, requires_grad=True) for p in np.array_split(image, inputs, axis=1)]
-    output = net(*parts)
+    x = flow.tensor(image, requires_grad=True)
+    output = net(x)
     value = Value(image)
     expected = compute(reference, value)
     assert distance(output.numpy(), expected.array) < OUTPUT
     dy = normal(*output.shape, seed=1)
     (output * flow.tensor(dy)).sum().backward()
     expected.backward(dy)
-    dx = np.concatenate([part.grad.numpy() for part in parts], axis=1)
-    assert distance(dx, value.gradient) < gradient
+    assert distance(x.grad.numpy(), value.gradient) < gradient
     for name, parameter in net.named_parameters():
         wanted = reference.parameters[name].gradient
         if training and name.endswith(("double_conv.0.bias", "double_conv.3.bias")):
@@ -61,22 +60,22 @@ def test_unet_equals_float64(batch, height, width, base, training, bilinear):
 
 
 @pytest.mark.parametrize(
-    "batch, inside, outside, height, width, inputs",
+    "batch, inside, outside, height, width",
     [
-        (1, 1, 64, 130, 71, 1),  # one channel
-        (1, 96, 40, 64, 260, 2),  # two inputs
-        (2, 300, 20, 24, 20, 3),  # numbers of channels that no register divides
-        (1, 20, 300, 24, 20, 1),
-        (4, 1024, 8, 4, 4, 2),  # many channels, few pixels
-        (3, 8, 1024, 9, 11, 1),
-        (1, 3, 5, 1, 2, 1),  # a line of two pixels
-        (1, 12, 12, 7, 1500, 1),  # long rows
-        (3, 40, 40, 50, 70, 1),
+        (1, 1, 64, 130, 71),  # one channel
+        (1, 96, 40, 64, 260),
+        (2, 300, 20, 24, 20),  # numbers of channels that no register divides
+        (1, 20, 300, 24, 20),
+        (4, 1024, 8, 4, 4),  # many channels, few pixels
+        (3, 8, 1024, 9, 11),
+        (1, 3, 5, 1, 2),  # a line of two pixels
+        (1, 12, 12, 7, 1500),  # long rows
+        (3, 40, 40, 50, 70),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_double_conv_equals_float64(batch, inside, outside, height, width, inputs, training):
-    """1 to 1024 channels, images of all shapes, several inputs."""
+def test_double_conv_equals_float64(batch, inside, outside, height, width, training):
+    """1 to 1024 channels, images of all shapes."""
     flow.manual_seed(0)
     net = with_statistics(DoubleConv(inside, outside))
     image = normal(batch, inside, height, width)
@@ -84,7 +83,7 @@ def test_double_conv_equals_float64(batch, inside, outside, height, width, input
     def compute(reference, x):
         return reference.double_conv(x, "", training)
 
-    compare(net, image, compute, training, inputs)
+    compare(net, image, compute, training)
 
 
 @pytest.mark.parametrize("height, width", [(61, 300), (256, 256), (7, 9000)])
