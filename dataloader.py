@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from common import start
 from common.arguments import InputError
 from common.images import normalise, read_slice
-from common.labels import beside, judge, look, pair, read_label, read_pair
+from common.labels import beside, judge, pair, read_label, read_pair
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
 AUGMENTATIONS = ("flip", "rotate", "elastic")
 
 
@@ -70,12 +69,10 @@ def border_weights(label, w0):
 class SelfDataSet:
     """Pairs of slice and label, for a DataLoader. `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W):
     image normalised, label 0 (membrane) or 1 (interior); with border_weight (image, label, weight).
-    data_path, label_path: folders or stacks of slices and of their labels; by default the labels are the sibling of
-        data_path whose last component has `label` for `image`. Two folders pair by name, else order pairs.
+    data_path, label_path: folders, which pair by name, or stacks; by default data_path's sibling, `label` for `image`.
     augment: any of AUGMENTATIONS: flips in both directions, rotations by right angles, smooth deformation.
     crop: side in pixels of a random square cut from each slice; None keeps it whole.
-    repeat: how often an epoch sees each slice, each time with an augmentation of its own.
-    border_weight: w0 of border_weights(); 0 for none.
+    repeat: how often an epoch sees each slice. border_weight: w0 of border_weights(); 0 for none.
     seed: an item is drawn from (seed, epoch, index), however many workers; set `epoch` before each epoch.
     keep: which pairs of the sorted list to use, a Python slice.
     `names` and `shapes` hold each pair's name and (H, W), `digest` is a SHA-256 of all their pixels. Raises InputError
@@ -108,20 +105,20 @@ class SelfDataSet:
             raise InputError(f"--crop {crop} is larger than slice {name}, a side of which has {side} pixels")
 
     def check(self, pair):
-        """Read a pair, each (name, file, page) -> (shape, SHA-256 of its pixels, look() of it), or what is wrong."""
+        """Read a pair, each (name, file, page) -> (shape, SHA-256, what judge() needs), or what is wrong, a string."""
         image_file, label_file = pair
         if label_file is None:
             return f"{image_file[1]}: no label of that name in {self.label_path}"
         try:
-            image, label = read_pair(image_file[1:], label_file[1:])
+            image, label, seen = read_pair(image_file[1:], label_file[1:])
         except InputError as error:
             return str(error)
         interior = label == label.max()
-        if self.border_weight and len(self.weights) * 4 * label.size < KEPT_WEIGHTS:
+        if self.border_weight and len(self.weights) * label.size < 2**26:  # of 4 bytes
             self.weights[label_file] = border_weights(interior.astype(np.float32), self.border_weight)
         digest = hashlib.sha256(f"{image.dtype} {image.shape} ".encode() + image.tobytes())
         digest.update(label.tobytes() if interior.all() else interior)
-        return image.shape, digest.digest(), look(label, image)
+        return image.shape, digest.digest(), seen
 
     def __len__(self):
         return len(self.pairs) * self.repeat

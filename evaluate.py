@@ -3,11 +3,10 @@
     python3 evaluate.py --prediction predict_image --label data/test_label --per_slice --picture worst.png
     python3 evaluate.py --prediction submission.tif --label labels.tif --threshold 0.4 --json scores.json
 
-A prediction is P(interior) of each slice: a folder as predict_unet_test.py writes it (its NAME_prob.png count), a
-folder of images, or a stack; integers from 0 to the type's largest value, masks of 0 and 255 or 0 and 1, or floats from
-0 to 1. Two folders pair by name, else order pairs; slices without a label are left out. The column beside the best,
---per_slice and --picture show NAME_mask.png where all slices have one, else P > --threshold. The floors: all interior;
-the blurred slices, searched beside the labels (`image` for `label`). common/scores.py says what the scores are."""
+A prediction is P(interior) of each slice: a folder, where NAME_prob.png count if there are any, or a stack; integers up
+to the type's largest value, masks of 0 and 255 or 1, or floats from 0 to 1. Two folders pair by name, else order pairs;
+slices without a label are left out. The column beside the best, --per_slice and --picture show NAME_mask.png where all
+slices have one, else P > --threshold. Floors: all interior; the blurred slices, those beside the labels by default."""
 
 import ctypes
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from common import files, pictures, scores, start
 from common.arguments import InputError, Parser, given_path, number
 from common.images import SUFFIXES, list_slices, read_slice
-from common.labels import beside, judge, look, pair, read_label, read_pair
+from common.labels import beside, judge, pair, read_label, read_pair
 
 import cv2
 import numpy as np
@@ -53,8 +52,8 @@ def find_scale(path, slices):
 
 
 def look_at(slices, labels):
-    """look() at each label with its slice. Raises InputError for a slice that isn't as large as its label."""
-    return [look(*reversed(read_pair(one[1:], label[1:]))) for one, label in zip(slices, labels, strict=True)]
+    """What judge() needs of each label. Raises InputError for a slice that isn't as large as its label."""
+    return [read_pair(one[1:], label[1:])[2] for one, label in zip(slices, labels, strict=True)]
 
 
 def find_jobs(args):
@@ -175,7 +174,7 @@ def main():
         worst, images = own[:, 0, 0].argmin(), [job for job in jobs if job.kind == "blurred_slices"]
         with files.write_whole(args.picture, sync=False) as file:
             file.write(cv2.imencode(".png", draw(jobs[worst], images and images[worst]))[1])
-        print(f"{args.picture}: slice {rows[worst]['slice']}, of the lowest V_Rand, {own[worst, 0, 0]:.4f}")
+        print(f"{args.picture}: slice {rows[worst]['slice']}, of the lowest V_Rand, {own[worst, 0, 0]:.4f}:")
         print("wrong pixels are orange, merged cells magenta, split cells cyan")
 
 

@@ -8,6 +8,8 @@ For each slice NAME it writes NAME_prob.png (P(interior), 0 to 255), NAME_mask.p
 with --cells also NAME_cells.png (a number a cell, for Fiji or napari), NAME_colours.png and cells.csv (docs/cells.md).
 """
 
+import codecs
+import csv
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import common.quiet  # noqa: F401  OneFlow, without its noise and its handler of Ctrl-C
 from common import ROOT, begin, checkpoint, files, images, scores, start
 from common.arguments import InputError, Parser, add_device, given_path, number
-from common.cells import MOST, PIECE, find_cells, find_mask, measure, write_table
+from common.cells import MOST, PIECE, find_cells, find_mask, measure
 from common.pictures import write_pictures
 from common.tiles import MARGIN, TILE, predict
 from cpu_kernels import accelerate
@@ -45,10 +47,14 @@ def parse_args():
     add("--grow", type=share, metavar="G", help="grow into P > G (G < T) until cells meet (default: the checkpoint's)")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--tta", action="store_true", help="average 8 flips and rotations: better, 8 times slower")
-    add("--tile", type=number(int, 2 * MARGIN + 16), default=TILE, metavar="N", help="cut sides over N pixels")
+    add(
+        "--tile",
+        type=number(int, 2 * MARGIN + 16, besides=0),
+        default=TILE,
+        help="cut sides over so many pixels; 0: none",
+    )
     add("--mirror", type=int, choices=range(0, MARGIN + 1, 16), default=0, help="mirrored pixels: better at the edges")
     add_device(add)
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 on a CPU (auto: as the net was trained)")
     return parser.parse_args()
 
 
@@ -137,7 +143,9 @@ def main():
                 writer.write(values, photometric="minisblack", metadata=None, **size)
     print(f"{len(slices)} slice{'s' * (len(slices) > 1)}: {folder}/NAME_{{prob,mask,overlay}}.png", *stacks, sep="\n")
     if args.cells:
-        write_table(folder / "cells.csv", tables)
+        with files.write_whole(folder / "cells.csv") as file:
+            table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
+            table.writerows([tables[0], *(row for columns in tables for row in zip(*columns.values(), strict=True))])
         n = sum(len(columns["cell"]) for columns in tables)
         print(f"{n} cell{'s' * (n != 1)} of {smallest} pixels or more, {n / len(slices):.1f} a slice: cells.csv")
     elif any((folder / f"{name}_cells.png").exists() for name, *_ in slices):

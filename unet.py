@@ -92,8 +92,7 @@ class UNet(nn.Module):
 
     def __init__(self, n_channels, n_classes, bilinear=True, base_channels=64, dropout=0.0):
         super().__init__()
-        self.n_channels, self.n_classes = n_channels, n_classes
-        self.bilinear = bilinear
+        self.n_channels, self.n_classes, self.bilinear = n_channels, n_classes, bilinear
         self.base_channels = b = base_channels
         half = 2 if bilinear else 1
         self.inc = DoubleConv(n_channels, b)

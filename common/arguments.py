@@ -60,6 +60,8 @@ def add_device(add):
     """The flags on where and how a net computes, of training and predicting."""
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--cpu_kernels", choices=("auto", "off"), default="auto", help="off: OneFlow's own slow kernels on a CPU")
+    text = "mixed precision; auto: where a CPU has bfloat16, in prediction for nets that were trained so"
+    add("--amp", choices=("auto", "on", "off"), default="auto", help=text)
 
 
 def training_parser(doc, augmentations):
@@ -82,7 +84,6 @@ def training_parser(doc, augmentations):
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
     add("--dropout", type=number(float, 0, 0.99), default=0.5, help="share set to 0 after the two deepest levels")
     add_device(add)
-    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision; auto: where a CPU has bfloat16")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=40, help="train up to this epoch")
     add("--repeat", type=number(int, 1, 10_000), default=8, help="times an epoch sees each slice")

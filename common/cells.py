@@ -1,9 +1,5 @@
 """From P(interior) to a mask, and the mask's cells: a number for each, its area and place."""
 
-import codecs
-import csv
-
-from common.files import write_whole
 from common.images import find_border
 from common.scores import SMALLEST, thin
 
@@ -26,8 +22,8 @@ def find_mask(probability, threshold, grow, piece=PIECE):
     cells, reach = label(found, connectivity=1), label(wide, connectivity=1)
     large = found & (np.bincount(cells.ravel()) >= piece)[cells]
     found &= large | ~np.isin(reach, np.unique(reach[large]))
+    # Without cells' insides: the watershed is slow.
     where = wide & (cv2.erode(np.uint8(found), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) == 0)
-    # `where` is without cells' insides, since the watershed is slow.
     grown = watershed(np.uint8(255 * (1 - probability)), cells * found, mask=where, watershed_line=True) > 0
     parts = label(grown | found, connectivity=1)
     return np.isin(parts, np.unique(parts[found]))  # lines cut off single pixels
@@ -49,10 +45,3 @@ def measure(name, image, cells, pixel_size=None):
     columns = {"slice": [name] * len(cell), "cell": cell, "area": area.astype(int)}
     columns |= {"area_nm2": (area * pixel_size**2).round(3)} if pixel_size else {}
     return columns | {"centroid_row": y.round(1), "centroid_column": x.round(1), "touches_edge": cut.astype(int)}
-
-
-def write_table(path, tables):
-    """Write what measure() gives of each slice as one CSV file. Raises OSError."""
-    with write_whole(path) as file:
-        table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
-        table.writerows([tables[0], *(row for columns in tables for row in zip(*columns.values(), strict=True))])

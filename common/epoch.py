@@ -24,7 +24,6 @@ class Run:
         self.net, self.optimizer, self.device, self.args = net, optimizer, device, args
         self.train_set, self.val_set = train_set, val_set
         self.amp = mixed_precision(args, device, graph=graph)
-        # What was found out for arguments that were left open, and what else resuming compares.
         found = {"base_channels": net.base_channels, "crop": train_set.crop, "dropout": net.dropout.p, "device": device}
         slices = "".join(data_set.digest[:8] for data_set in (train_set, val_set) if data_set)
         self.arguments = vars(args) | found | {"processes": start.processes, "slices": slices}
@@ -47,11 +46,10 @@ class Run:
             if metadata["further"]:
                 print(f"{args.init}: has {1 + len(metadata['further'])} nets, training begins with the first")
         if start.rank == 0:
-            check_output(args.log_file)
-            check_output(table := Path(args.log_file).with_suffix(".csv"))
+            for path in (args.log_file, Path(args.log_file).with_suffix(".csv")):
+                check_output(path)
             make_folder(self.last.parent)
-            for path in (args.log_file, table, self.last.parent):
-                lock(path)
+            lock(self.last.parent)
             if self.last.exists() and not args.resume:
                 print(f"starts over: replaces {self.last}, best.safetensors and {args.log_file} after the first epoch")
             if self.first_epoch > args.epochs:
@@ -73,7 +71,6 @@ class Run:
         self.train_set.epoch, self.epoch, began = epoch, epoch, time.monotonic()
         self.place, self.sums = start.rank, {}
         self.net.train()
-        # disable=None: no bar where stderr is a file
         with tqdm(loader, f"epoch {epoch}", leave=False, disable=True if start.rank else None) as self.bar:
             for image, label, *weight in self.bar:
                 yield [tensor.to(self.device) for tensor in (image, label, *(weight or [flow.ones_like(label)]))]

@@ -55,10 +55,11 @@ def make_folder(path):
 
 
 def check_output(path):
-    """Make the folder of a file to write. Raises InputError where it can't be written."""
+    """Make the folder of a file to write, and lock that. Raises InputError where it can't be written."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is in the way, it is not a file")
     make_folder(Path(path).parent)
+    lock(path)
 
 
 def lock(path):

@@ -8,8 +8,7 @@ from common.arguments import InputError
 import oneflow as flow
 from oneflow import nn
 
-# What the eager optimizers keep of a parameter, and what a graph calls the same.
-ADAM = {"exp_avg": "m", "exp_avg_sq": "v"}
+ADAM = {"exp_avg": "m", "exp_avg_sq": "v"}  # what the eager optimizer keeps of a parameter: a graph's name for it
 STATE = {"Adam": ADAM, "AdamW": ADAM, "SGD": {"momentum_buf": "momentum"}}
 
 

@@ -63,23 +63,19 @@ def refuse(path, values, label=None):
 
 
 def read_pair(file, label_file):
-    """A slice and its label, each (file, page) -> two arrays (H, W). Raises InputError, also for other sizes."""
+    """A slice and its label, each (file, page) -> two arrays (H, W), and what judge() needs of them: {value of the
+    label: (pixels, their brightness)}. Raises InputError, also for other sizes."""
     image, label = read_slice(*file), read_grey(*label_file)
     if label.shape != image.shape:
         raise InputError(f"{label_file[0]}: {label.shape}, but {file[0]} has {image.shape} pixels")
-    return image, label
-
-
-def look(label, image):
-    """What judge() needs of a label (H, W) and its slice (H, W) -> {value: (pixels, their brightness)}."""
-    light = normalise(image)
-    return {value.item(): ((label == value).sum(), light[label == value].sum()) for value in {label.min(), label.max()}}
+    light, values = normalise(image), {label.min(), label.max()}
+    return image, label, {v.item(): ((label == v).sum(), light[label == v].sum()) for v in values}
 
 
 def judge(label_path, looks, seen=True, part=False):
-    """(membrane, interior), the two values of a set of labels, from look() of each. seen: whether with its slice. part:
-    whether these are only some of the labels, which may have one value. Raises InputError for other numbers of values,
-    and for an interior like membrane: less than half of all pixels and, where slices are seen, darker than the rest."""
+    """(membrane, interior), the two values of a set of labels, by read_pair(). seen: whether with their slices. part:
+    whether they are some of the labels, which may have one value. Raises InputError for other numbers of values, or
+    for an interior like membrane: less than half of all pixels and, where slices are seen, darker than the rest."""
     values = sorted(set().union(*looks))
     if part and values in ([0], [1], [255]):
         return 0, max(*values, 1)

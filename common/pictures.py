@@ -22,22 +22,17 @@ def stretch(image):
     return np.clip((image.astype(np.float32) - low) / max(high - low, 1e-30), 0, 1)
 
 
-def draw_scale_bar(picture, pixel_size):
-    """Draw a bar of a round length, a quarter of the width at most, into a uint8 (H, W, 3); pixel_size: in nm."""
-    most, thick = picture.shape[1] * pixel_size / 4, max(1, min(picture.shape[:2]) // 400)
-    length = max(digit * 10.0**power for power in range(-3, 11) for digit in (1, 2, 5) if digit * 10.0**power <= most)
-    x, y = 10 * thick, picture.shape[0] - 10 * thick
-    for colour, width in (((0, 0, 0), 4 * thick), ((255, 255, 255), 2 * thick)):
-        cv2.line(picture, (x, y), (x + round(length / pixel_size), y), colour, width)
-        cv2.putText(picture, f"{length:g} nm", (x, y - 5 * thick), cv2.FONT_HERSHEY_SIMPLEX, thick / 2, colour, width)
-
-
 def write_pictures(path, image, probability, mask, cells=None, outline=False, pixel_size=None):
     """Write PATH_prob.png, _mask, _overlay and, of cells, _cells and _colours. (H, W): raw image, float32 probability,
     bool mask, uint16 cells. outline: draw where the mask ends only. pixel_size: nm, for a bar. Raises OSError."""
     overlay = paint(image, ORANGE, find_boundaries(mask), 1) if outline else paint(image, ORANGE, ~mask)
     if pixel_size:
-        draw_scale_bar(overlay, pixel_size)
+        most, thick = image.shape[1] * pixel_size / 4, max(1, min(image.shape) // 400)
+        length = max(digit * 10.0**n for n in range(-3, 11) for digit in (1, 2, 5) if digit * 10.0**n <= most)  # round
+        x, y, font = 10 * thick, image.shape[0] - 10 * thick, cv2.FONT_HERSHEY_SIMPLEX
+        for colour, width in (((0, 0, 0), 4 * thick), ((255, 255, 255), 2 * thick)):
+            cv2.line(overlay, (x, y), (x + round(length / pixel_size), y), colour, width)
+            cv2.putText(overlay, f"{length:g} nm", (x, y - 5 * thick), font, thick / 2, colour, width)
     pictures = {"prob": np.rint(probability * 255).astype(np.uint8), "mask": np.uint8(255) * mask, "overlay": overlay}
     if cells is not None:
         numbers = np.arange(cells.max() + 1)

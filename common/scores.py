@@ -1,8 +1,4 @@
-"""The scores of the ISBI 2012 challenge: how well cells are told apart, and pixels.
-
-    from common.scores import best, combine, count
-    best(combine(map(count, probabilities, labels)), "v_rand")  # (0.97, 0.6): the score, its threshold
-
+"""The ISBI 2012 challenge's scores: best(combine(map(count, probabilities, labels)), "v_rand") is (score, threshold).
 V_Rand and V_Info are those of Arganda-Carreras et al. (2015), doi 10.3389/fnana.2015.00142, after border thinning: they
 count cells that are merged or split, which one missed pixel of membrane can do. Shares of wrong pixels say little."""
 
@@ -14,7 +10,6 @@ from skimage.segmentation import watershed
 THRESHOLDS = np.arange(11) / 10
 SMALLEST = 200  # pixels of the weights: of smaller cells most are none, see docs/cells.md
 
-# Each score: what it is called, and which of several is the best.
 SCORES = {"v_rand": ("V_Rand", np.max), "v_info": ("V_Info", np.max), "pixel_error": ("pixel error", np.min)}
 SCORES |= {"pixel_misclassification": ("misclassification", np.min), "membrane_dice": ("membrane Dice", np.max)}
 

@@ -18,10 +18,9 @@ TILE = 1440  # pixels a side, by default: what margins add to a slice is a third
 def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0, scale=1):
     """Raw slice (H, W) of any depth, 16 pixels a side or more -> P(interior) (H, W), float32 in [0, 1]; 0 on padding at
     its edges, see find_border(). nets: one in eval mode on the device, or several, whose probabilities are averaged.
-    tile: sides over so many pixels are cut, 0: none; no seams, since a tile's margin holds all that its middle depends
-    on (a bilinear net's depends a little on the tile's size, too). tta: average over the 8 symmetries of the square.
-    mirror: continue each side by so many mirrored pixels, a multiple of 16, as in the paper. scale: resample the slice
-    by it, and P back. Raises InputError where the weights lead to no number."""
+    tile: sides over so many pixels are cut, 0: none; without seams but for bilinear nets, whose result depends a little
+    on the tile's size. tta: average over the 8 symmetries of the square. mirror: continue each side by so many mirrored
+    pixels, a multiple of 16. scale: resample the slice by it, P back. InputError if weights lead to no number."""
     nets = nets if isinstance(nets, list | tuple) else [nets]
     border, whole = find_border(image), np.zeros(image.shape, np.float32)
     if border.all():

@@ -38,8 +38,6 @@ import numpy as np
 from tqdm import tqdm
 
 ISBI_URL = "https://downloads.imagej.net/ISBI-2012-challenge.zip"
-TIMEOUT = 30  # seconds without a byte before a download counts as dead
-LARGE = 2**26  # bytes of a stack, which has 8 MB, that are read at most
 TERMS = """ISBI 2012: free for generating or testing non-commercial image segmentation software, not for redistribution.
 Please cite doi 10.1371/journal.pbio.1000502 (Cardona 2010) and 10.3389/fnana.2015.00142 (Arganda-Carreras 2015)."""
 # Where each stack of the archive goes, and the SHA-256 of its decoded pixels (uint8, C order), whatever compressed it.
@@ -53,32 +51,28 @@ OWNED = {ISBI: ("train_image", "train_label", "test_image", "source.txt")}
 OWNED[SAMPLE] = (*OWNED[ISBI][:3], "test_label", "source.txt")
 
 
-def read_source(source):
-    """The bytes of each of STACKS, by name, from a URL, a zip or a folder."""
-    if os.path.isdir(source):
-        return {name: Path(source, name).read_bytes() for name in STACKS}
-    file = source
-    if source.lower().startswith(("http://", "https://")):
-        file, response = io.BytesIO(), urllib.request.urlopen(source, timeout=TIMEOUT)
-        with tqdm.wrapattr(response, "read", response.length, leave=False, disable=None) as body:
-            shutil.copyfileobj(body, file)
-    with zipfile.ZipFile(file) as archive:
-        # By base name, into memory: a path inside an archive never becomes a path on disk.
-        members = {os.path.basename(name): name for name in archive.namelist() if "__MACOSX" not in name}
-        return {name: archive.open(members.get(name, name)).read(LARGE) for name in STACKS}
-
-
 def load(args):
     """What source.txt will say, and {folder: uint8 (N, H, W)}: ISBI 2012, every digest checked, or the sample."""
     if args.command == "sample":
         return SAMPLE, make_sample()
     print(TERMS, flush=True)
-    source, folders = getattr(args, "source", ISBI_URL), {}
+    file = source = getattr(args, "source", ISBI_URL)
+    folders, pages = {}, ()
     try:
-        for name, data in read_source(source).items():
-            pages, (folder, digest) = (), STACKS[name]
+        if source.lower().startswith(("http://", "https://")):
+            file, response = io.BytesIO(), urllib.request.urlopen(source, timeout=30)  # seconds without a byte
+            with tqdm.wrapattr(response, "read", response.length, leave=False, disable=None) as body:
+                shutil.copyfileobj(body, file)
+        if os.path.isdir(source):
+            stacks = {name: Path(source, name).read_bytes() for name in STACKS}
+        else:
+            with zipfile.ZipFile(file) as archive:
+                # By base name, into memory: a path inside an archive never becomes a path on disk.
+                members = {os.path.basename(name): name for name in archive.namelist() if "__MACOSX" not in name}
+                stacks = {name: archive.open(members.get(name, name)).read(2**26) for name in STACKS}  # one has 8 MB
+        for name, (folder, digest) in STACKS.items():
             with quiet_stderr(), suppress(cv2.error):  # of damaged files, others have no page
-                pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[1]
+                pages = cv2.imdecodemulti(np.frombuffer(stacks[name], np.uint8), cv2.IMREAD_UNCHANGED)[1]
             if hashlib.sha256(b"".join(page.tobytes() for page in pages)).hexdigest() != digest:
                 raise ValueError(f"{name} is not the one of ISBI 2012")
             folders[folder] = np.stack(pages)
@@ -100,8 +94,7 @@ def prepare(args):
         if not out.exists():
             out.mkdir()
             undo.callback(out.rmdir)
-        # What can't be written is said before the download, not after it.
-        lock(out)
+        lock(out)  # what can't be written is said before the download, not after it
         tempfile.TemporaryFile(dir=out).close()
         ours = OWNED.get(source.read_text(errors="replace").strip(), ()) if source.is_file() else ()
         for name in OWNED[ISBI if args.command == "isbi" else SAMPLE]:

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from common.arguments import InputError
-from common.labels import judge, look, read_label
+from common.labels import judge, read_label, read_pair
 from common.scores import SCORES, combine, count, count_cells
 from conftest import one_line, python, script, write_pairs
 from evaluate import find_scale
@@ -244,6 +244,12 @@ def test_white_membranes_are_noticed(tmp_path):
     light = np.zeros((40, 40), np.uint8)
     light[:10] = 255
     noise = np.random.default_rng(0).integers(0, 50, light.shape) + light / 2
-    assert judge("x", [look(light, noise)]) == judge("x", [look(255 - light, noise)]) == (0, 255)
+
+    def judge_pair(image, label):
+        for name, array in (("image.tif", image), ("label.png", label)):
+            cv2.imwrite(str(tmp_path / name), array)
+        return judge("x", [read_pair((tmp_path / "image.tif",), (tmp_path / "label.png",))[2]])
+
+    assert judge_pair(noise, light) == judge_pair(noise, 255 - light) == (0, 255)
     with pytest.raises(InputError, match="--membrane white"):
-        judge("x", [look(light, 255 - noise)])
+        judge_pair(255 - noise, light)

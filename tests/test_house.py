@@ -28,12 +28,12 @@ def lines_of(name):
 
 
 def test_the_house_stays_small():
-    """No file over 300 lines, no function over 50, 3,750 lines of Python in all, scripts of 50 lines."""
+    """No file over 300 lines, no function over 50, 3,000 lines of Python in all, scripts of 50 lines."""
     sizes = {name: len(lines_of(name)) for name in (*NAMES, *SHELL)}
     folders = ("tests", "benchmarks")
     others = [str(path.relative_to(ROOT)) for folder in folders for path in ROOT.glob(f"{folder}/*.[ps][yh]")]
     assert [name for name in (*sizes, *others) if len(lines_of(name)) > 300] == []
-    assert sum(sizes[name] for name in NAMES) <= 3750, sizes
+    assert sum(sizes[name] for name in NAMES) <= 3000, sizes
     assert sizes["TrainUnetDataSet.py"] <= 50 and sizes["ddp_train.py"] <= 50
     long = {}
     for name in NAMES:
