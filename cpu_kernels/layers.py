@@ -49,11 +49,11 @@ def convolve(x, w, bias=None, type=None, normalised=()):
     """y = w * x + bias for an Image x and w (K, C, k, k), float32, stride 1 and a border of k // 2 -> (y, backward).
     type: of y, by default that of x. normalised: (scale, shift) makes it max(0, scale y + shift), without a way back.
     backward(dy) gives dx (if wanted), dw and dbias: dx is dy * w with w rotated by 180 degrees, dw is x * dy."""
-    array, border = x.array, (w.shape[2] // 2,) * 2
-    geometry = (1, 1), (0, 0), border, border
+    array, images = x.array, layout_of(x.array)
+    weights, biases = descriptor(w.shape, None, array.dtype), None if bias is None else layout(bias)
+    border = (w.shape[2] // 2,) * 2
+    geometry = (1, 1), (0, 0), border, border  # strides, dilations, borders
     y = empty((*array.shape[:3], len(w)), type or array.dtype)
-    images, weights = layout_of(array), descriptor(w.shape, None, array.dtype)
-    biases = None if bias is None else layout(bias)
     arguments = dnn.FORWARD, dnn.DIRECT, images, weights, biases, layout_of(y), *geometry
     forward = primitive("convolution_forward", *arguments, normalised=len(w) if normalised else 0)
     arrays = {dnn.SRC: array, dnn.WEIGHTS: forward.pack(dnn.WEIGHTS, w), dnn.BIAS: bias, dnn.DST: y}
@@ -109,9 +109,9 @@ def double_conv(layer, x):
 
 def half(x, conv, norm):
     """3x3 convolution (its bias only moves the mean), batch normalisation (Ioffe, Szegedy, arXiv:1502.03167), ReLU."""
-    tape, training, parameters = x.tape, norm.training, (conv.weight, conv.bias, norm.weight, norm.bias)
-    w, bias, gamma, beta = (tape.arrays[parameter] for parameter in parameters)
-    mean, variance = tape.arrays[norm.running_mean], tape.arrays[norm.running_var]
+    tape, training = x.tape, norm.training
+    parameters = conv.weight, conv.bias, norm.weight, norm.bias
+    w, bias, gamma, beta, mean, variance = (tape.arrays[t] for t in (*parameters, norm.running_mean, norm.running_var))
     scale = gamma / np.sqrt(variance + np.float32(norm.eps))
     if not tape.recording and not training:  # all in one primitive
         return x.then(convolve(x, w, normalised=(scale, beta + scale * (bias - mean)))[0], None)
@@ -135,7 +135,7 @@ def half(x, conv, norm):
         back = primitive("batch_normalization_backward", dnn.BACKWARD, images, images, *setup, forward.description)
         back(arrays | {dnn.DIFF_DST: dy, dnn.DIFF_SRC: dy, dnn.DIFF_SCALE: dgamma, dnn.DIFF_SHIFT: dbeta})
         arrays.clear()  # here memory use is highest
-        dx, dw, _ = convolution_back(dy)  # dy is z's by now
+        dx, dw, _ = convolution_back(dy)  # dz has taken the place of dy
         dbias = np.zeros_like(bias) if training else scale * dbeta  # a batch's mean takes a bias away again
         return dx, dw, dbias, dgamma, dbeta
 

@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-# Numbers of dnnl_types.h, first arguments of primitives, then kinds of propagation, algorithms, flags of normalisation
+# Numbers of dnnl_types.h: arguments of primitives; kinds of propagation and algorithms; flags of batch normalisation
 SRC, SRC_1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, SHIFT, WORKSPACE = 1, 2, 17, 33, 41, 49, 50, 51, 52, 64
 SCRATCHPAD, POST_SCALE, POST_SHIFT = 80, 1 << 15 | SRC_1, 2 << 15 | SRC_1
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, DIFF_SCALE, DIFF_SHIFT = 129, 145, 161, 169, 255, 256
@@ -60,9 +60,9 @@ library = lru_cache(1)(Library)
 
 
 class Handle(ctypes.c_void_p):
-    """An object of the library's: if dnnl_{create} made it here, it ends with its handle. Can be a key of a cache."""
+    """An object of the library's, made by dnnl_{create}, destroyed with its handle. It can be a key of a cache."""
 
-    __hash__, destroy = object.__hash__, None
+    __hash__ = object.__hash__
 
     def __init__(self, kind, *arguments, create=None):
         super().__init__()
@@ -70,7 +70,7 @@ class Handle(ctypes.c_void_p):
         library()(create or f"{kind}_create", ctypes.byref(self), *arguments)
 
     def __del__(self):
-        if self.destroy:
+        if hasattr(self, "destroy"):  # a query only lends its result
             self.destroy(self)
 
 
