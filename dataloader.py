@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
 AUGMENTATIONS = ("flip", "rotate", "elastic")
 
 
@@ -114,7 +115,7 @@ class SelfDataSet:
         except InputError as error:
             return str(error)
         interior = label == label.max()
-        if self.border_weight and len(self.weights) * label.size < 2**26:  # of 4 bytes
+        if self.border_weight and len(self.weights) * 4 * label.size < KEPT_WEIGHTS:
             self.weights[label_file] = border_weights(interior.astype(np.float32), self.border_weight)
         digest = hashlib.sha256(f"{image.dtype} {image.shape} ".encode() + image.tobytes())
         digest.update(label.tobytes() if interior.all() else interior)

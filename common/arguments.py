@@ -60,8 +60,7 @@ def add_device(add):
     """The flags on where and how a net computes, of training and predicting."""
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add("--cpu_kernels", choices=("auto", "off"), default="auto", help="off: OneFlow's own slow kernels on a CPU")
-    text = "mixed precision; auto: where a CPU has bfloat16, in prediction for nets that were trained so"
-    add("--amp", choices=("auto", "on", "off"), default="auto", help=text)
+    add("--amp", choices=("auto", "on", "off"), default="auto", help="mixed precision; auto: where a CPU has bfloat16")
 
 
 def training_parser(doc, augmentations):

@@ -46,8 +46,8 @@ class Run:
             if metadata["further"]:
                 print(f"{args.init}: has {1 + len(metadata['further'])} nets, training begins with the first")
         if start.rank == 0:
-            for path in (args.log_file, Path(args.log_file).with_suffix(".csv")):
-                check_output(path)
+            check_output(args.log_file)
+            check_output(Path(args.log_file).with_suffix(".csv"))
             make_folder(self.last.parent)
             lock(self.last.parent)
             if self.last.exists() and not args.resume:
