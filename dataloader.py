@@ -72,10 +72,9 @@ class SelfDataSet:
     image normalised, label 0 (membrane) or 1 (interior); with border_weight (image, label, weight).
     data_path, label_path: folders, which pair by name, or stacks; by default data_path's sibling, `label` for `image`.
     augment: any of AUGMENTATIONS: flips in both directions, rotations by right angles, smooth deformation.
-    crop: side in pixels of a random square cut from each slice; None keeps it whole.
-    repeat: how often an epoch sees each slice. border_weight: w0 of border_weights(); 0 for none.
+    crop: side of a random square cut from each slice, None: whole. repeat: how often an epoch sees each slice.
+    border_weight: w0 of border_weights(), 0: none. keep: a Python slice of the sorted pairs, those to use.
     seed: an item is drawn from (seed, epoch, index), however many workers; set `epoch` before each epoch.
-    keep: which pairs of the sorted list to use, a Python slice.
     `names` and `shapes` hold each pair's name and (H, W), `digest` is a SHA-256 of all their pixels. Raises InputError
     that lists what is wrong with any of the pairs (20 at most), or with the labels together, see judge()."""
 
@@ -91,7 +90,7 @@ class SelfDataSet:
         everything = pair(data_path, self.label_path)
         self.pairs = everything[keep]
         if not self.pairs:
-            raise InputError(f"{data_path}: --val_count leaves none of {len(everything)} slices to train on")
+            raise InputError(f"{data_path}: none of its {len(everything)} slices is left to train on, see --val_count")
         with ThreadPoolExecutor(4) as pool:
             bar = {"total": len(self.pairs), "leave": False, "delay": 2, "disable": True if start.rank else None}
             checks = list(tqdm(pool.map(self.check, self.pairs), "checking slices", **bar))

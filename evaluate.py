@@ -34,11 +34,13 @@ Job = namedtuple("Job", "kind slice label scale values threshold")
 def find_scale(path, slices):
     """The value that stands for P(interior) = 1 in a prediction's slices, each (name, file, page): 1 for floats, 1 or
     255 for masks, else, and for NAME_prob, their type's largest one. Raises InputError for values of other kinds."""
-    highest, masks = 0, {1, 255}
+    highest, full, masks = 0, 1, {1, 255}
     for _, file, page in slices:
         image = read_slice(file, page)
-        full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
-        if full == 1 and (image.min() < -1e-6 or image.max() > 1 + 1e-6):  # an average of ones may be rounded up
+        full = max(full, np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1)
+        if image.dtype.kind != "u" and (
+            image.min() < -1e-6 or image.max() > 1 + 1e-6
+        ):  # an average of ones may be rounded up
             raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities from 0 to 1")
         masks = {value for value in masks if np.isin(image, (0, value)).all()}
         highest = max(highest, image.max())
@@ -57,8 +59,7 @@ def look_at(slices, labels):
 
 
 def find_jobs(args):
-    """What to score -> [Job], first the kind that --per_slice is about. All is read once, and where to write is tried,
-    before minutes of work: raises InputError."""
+    """What to score -> [Job], first the kind of --per_slice. InputError, for where to write too, before the work."""
     pairs = pair(args.prediction, args.label, "_prob")
     if without := set(list_slices(args.label)) - {label for _, label in pairs}:
         raise InputError(f"{args.label}: has {min(without)[0]}, but {args.prediction} does not")
@@ -121,16 +122,6 @@ def summary(counts):
     return {name: some.tolist() for name, some in found.items()} | {"best": values, "best_threshold": thresholds}
 
 
-def draw(job, image_job):
-    """A slice, or its label where no image is known, with wrong pixels, merged and split cells, uint8 (H, W, 3)."""
-    probability, interior = read(job)
-    found = probability > job.threshold
-    faults = [found != interior, *scores.find_faults(interior, scores.thin(found))]
-    colours = np.array((pictures.ORANGE, (255, 0, 255), (255, 255, 0)))  # orange, magenta, cyan
-    image = read_slice(*image_job.slice[1:]) if image_job else np.float32(interior)
-    return pictures.paint(image, colours[np.argmax(faults, axis=0)], np.any(faults, axis=0))
-
-
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -172,10 +163,14 @@ def main():
             file.write(json.dumps(result, indent=1).encode())
     if args.picture:
         worst, images = own[:, 0, 0].argmin(), [job for job in jobs if job.kind == "blurred_slices"]
+        probability, interior = read(jobs[worst])
+        found = probability > jobs[worst].threshold
+        faults = [found != interior, *scores.find_faults(interior, scores.thin(found))]
+        colours = np.array((pictures.ORANGE, (255, 0, 255), (255, 255, 0)))[np.argmax(faults, axis=0)]
+        image = read_slice(*images[worst].slice[1:]) if images else np.float32(interior)
         with files.write_whole(args.picture, sync=False) as file:
-            file.write(cv2.imencode(".png", draw(jobs[worst], images and images[worst]))[1])
-        print(f"{args.picture}: slice {rows[worst]['slice']}, of the lowest V_Rand, {own[worst, 0, 0]:.4f}:")
-        print("wrong pixels are orange, merged cells magenta, split cells cyan")
+            file.write(cv2.imencode(".png", pictures.paint(image, colours, np.any(faults, axis=0)))[1])
+        print(f"{args.picture}: slice {rows[worst]['slice']}, orange: wrong pixels, magenta: merged cells, cyan: split")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python3 plot.py Unet_train.txt
     python3 plot.py Unet_train.csv --out loss.png
 
-A plain log is a loss a line. Where a CSV of its name is beside it, that is drawn: it has the validation loss too.
+A plain log is a loss a line. Where the CSV of the same run is beside it, that is drawn: it has the validation loss too.
 """
 
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from common import start
@@ -35,9 +36,12 @@ def main():
     parser.add_argument("--out", type=given_path, default="loss.png", help="the picture")
     args = parser.parse_args()
     log, out = Path(args.log), Path(args.out)
-    table = log.parent / f"{log.stem}.csv"  # written together with the plain log, of the same numbers
-    log = table if table.exists() else log
-    losses = {name: points for name, points in read_log(log).items() if points}
+    losses, table = read_log(log), log.parent / f"{log.stem}.csv"
+    with suppress(InputError):  # no such file, or no log
+        more = read_log(table)
+        if [f"{loss:.4f}" for _, loss in more["training"]] == [f"{loss:.4f}" for _, loss in losses["training"]]:
+            losses, log = more, table  # else it is another run's
+    losses = {name: points for name, points in losses.items() if points}
     check_output(out)
     if out.exists() and b"Matplotlib" not in out.read_bytes()[:200]:  # as it is in ours
         raise InputError(f"--out {out}: is no picture of plot.py's, choose another name")

@@ -101,17 +101,20 @@ def find_slices(args, scale, stacks):
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels, its own or the weights'")
         if stacks and shapes[-1] != shapes[0]:
             raise InputError(f"{file}: is of another size than the first slice, leave out --stack")
-    inputs = {path.resolve() for path in (Path(args.Test_Data_path), *(file for _, file, _ in slices))}
-    for path in (*stacks, Path(args.save_res_path, "cells.csv")):
-        if path.resolve() in inputs or path.parent.resolve() in inputs:
+    inputs = {path.resolve() for _, file, _ in slices for path in (file, file.parent)}
+    for path in (Path(args.save_res_path), *stacks):
+        if path.resolve() in inputs or (
+            path in stacks and path.parent.resolve() == Path(args.Test_Data_path).resolve()
+        ):
             raise InputError(f"{path}: there are the slices, choose another --save_res_path or --stack")
+    for path in (*stacks, Path(args.save_res_path, "cells.csv")):
         files.check_output(path)
     files.lock(args.save_res_path)
     return slices
 
 
 def main():
-    if start.several and "local_rank_" in os.environ.get("GLOG_log_dir", ""):  # noqa: SIM112  not in a pod
+    if start.several and "local_rank_" in os.environ.get("GLOG_log_dir", ""):  # noqa: SIM112  its ranks' alone
         raise InputError("predicts in one process: start it without the launcher")
     args = parse_args()
     place = begin.pick(args.device)

@@ -109,8 +109,9 @@ class UNet(nn.Module):
 
     def forward(self, x):
         if min(x.shape[2:]) < MIN_SIDE:  # OneFlow would abort the process in the fourth pooling
-            size = f"{x.shape[2]} x {x.shape[3]} pixels"
-            raise ValueError(f"{size} are too small for this U-Net: both sides must be at least {MIN_SIDE} pixels")
+            raise ValueError(
+                f"{tuple(x.shape[2:])} are too small for this U-Net, sides need at least {MIN_SIDE} pixels"
+            )
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)

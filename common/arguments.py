@@ -42,7 +42,9 @@ def number(kind, minimum, maximum=2**31 - 1, besides=None):
     def parse(text):
         value = kind(text)
         if not minimum <= value <= maximum and value != besides:
-            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is not from {minimum:g} to {maximum:g}" + ", nor 0" * (besides == 0)
+            )
         return value
 
     parse.__name__ = "number"  # argparse says "invalid number value" where kind(text) fails
@@ -108,9 +110,26 @@ def parse_args(doc, augmentations, argv=None):
     from common.images import SUFFIXES  # here, since it needs OpenCV and this file
 
     parser = training_parser(doc, augmentations)
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(PATHS)))  # None: a path that is left open
-    saved = saved_flags(parser, given) if given.resume or given.init else []
-    args = parser.parse_args(saved + (sys.argv[1:] if argv is None else argv))  # which checks the saved ones too
+    given, flags = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(PATHS))), []  # None: a path left open
+    if path := given.resume or given.init:  # whose net's width is taken over, and with --resume the arguments
+        from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
+
+        tensors, kept, metadata = read(path)
+        saved = metadata.get("arguments") if given.resume else {}
+        if not isinstance(saved, dict) or (given.resume and not kept and "optimizer" not in metadata):
+            raise InputError(
+                f"{path}: holds weights only, too little to go on from; --init begins a training with them"
+            )
+        left = {name: saved.get(name) for name in PATHS if getattr(given, name) is None}
+        if other := [f"--{name} {was}" for name, was in left.items() if was not in (None, parser.get_default(name))]:
+            raise InputError(f"{path}: was made with {' '.join(other)}, pass these flags with what they should be now")
+        *_, bilinear, saved["base_channels"] = architecture(path, tensors)
+        saved["val_count"] = None if given.val_path else saved.get("val_count")
+        flags = ["--bilinear"] * bilinear
+        flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]  # a word
+        if isinstance(saved.get("augment"), list):
+            flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]
+    args = parser.parse_args(flags + (sys.argv[1:] if argv is None else argv))  # which checks the saved ones too
     if args.checkpoint_dir.endswith(".safetensors"):
         parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")
     if args.log_file.lower().endswith((".csv", *SUFFIXES)):
@@ -120,24 +139,3 @@ def parse_args(doc, augmentations, argv=None):
     if args.val_label_path and not args.val_path:
         parser.error("--val_label_path: labels of which slices? pass --val_path")
     return args
-
-
-def saved_flags(parser, given):
-    """What a run takes over from the checkpoint of --resume, or of --init (the net's width), as flags."""
-    from common.checkpoint import architecture, read  # here, since they need OneFlow, which others of this don't
-
-    path = given.resume or given.init
-    tensors, kept, metadata = read(path)
-    saved = metadata.get("arguments") if given.resume else {}
-    if not isinstance(saved, dict) or (given.resume and not kept and "optimizer" not in metadata):
-        raise InputError(f"{path}: holds weights only, too little to go on from; --init begins a training with them")
-    left = [name for name in PATHS if getattr(given, name) is None]
-    if other := [f"--{name} {saved[name]}" for name in left if saved.get(name) not in (None, parser.get_default(name))]:
-        raise InputError(f"{path}: was made with {' '.join(other)}, pass these flags with what they should be now")
-    *_, bilinear, saved["base_channels"] = architecture(path, tensors)
-    saved["val_count"] = None if given.val_path else saved.get("val_count")
-    flags = ["--bilinear"] * bilinear
-    flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]  # one word
-    if isinstance(saved.get("augment"), list):
-        flags += ["--augment", *(kind for kind in parser.get_default("augment") if kind in saved["augment"])]
-    return flags

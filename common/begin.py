@@ -26,8 +26,7 @@ def pick_device(args, graph=False):
 
 
 def pick(name):
-    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda". Raises InputError where "cuda" can't be: on GPUs newer than its
-    machine code OneFlow 0.9 says that it is available, and the first computation fails."""
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda", or InputError: OneFlow also finds GPUs that it has no code for."""
     device, major, trouble = ctypes.c_int(), ctypes.c_int(), "OneFlow finds no GPU here"
     if name != "cpu" and flow.cuda.is_available():
         with suppress(OSError):

@@ -36,6 +36,9 @@ class Run:
             metadata = checkpoint.resume(args.resume, net, optimizer)
             self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
             start.keep(f"nothing new was finished, {args.resume} is as it was")
+            print(
+                f"resuming {args.resume}: has {self.first_epoch - 1} of {args.epochs} epochs, a larger --epochs goes on"
+            )
             for name in ("slices", "processes", *RESUMED, "augment"):
                 was, now = metadata["arguments"].get(name), self.arguments[name]
                 if was not in (None, now):  # older checkpoints don't say all
@@ -54,7 +57,6 @@ class Run:
                 print(f"starts over: replaces {self.last}, best.safetensors and {args.log_file} after the first epoch")
             if self.first_epoch > args.epochs:
                 write_log(args.log_file, self.rows)
-                print(f"{args.resume} has all of its {args.epochs} epochs, a larger --epochs goes on")
 
     def schedule(self, steps):
         """The schedule of the learning rate, to be stepped after each of an epoch's steps; a cosine to args.epochs."""
@@ -138,8 +140,10 @@ class Run:
         metadata |= {"epoch": self.epoch + 1, "best": self.best, "rows": self.rows}  # epoch: the next one to run
         metadata |= {name: self.best[name] for name in self.mask}
         metadata |= {"pixel_size": self.args.pixel_size, "synthetic": is_synthetic(self.args.data_path)}
-        metadata |= {"normalisation": "each slice to mean 0 and standard deviation 1"}
-        metadata |= {"versions": {"oneflow": flow.__version__, "numpy": np.__version__}}
+        metadata |= {
+            "versions": {"oneflow": flow.__version__, "numpy": np.__version__},
+            "normalisation": "mean 0, std 1",
+        }
         for path in [self.last.with_name("best.safetensors")] * improved + [self.last]:
             checkpoint.write(path, tensors, metadata)
         start.keep(f"epoch {self.epoch} is in {self.last}, go on with --resume {self.last}")

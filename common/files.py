@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.arguments import InputError
 
-HOST = socket.gethostname()
+HOST = socket.gethostname().replace(".", "_")
 unfinished = set()  # files that are being written: who ends the process in the midst removes them
 held = {}  # what this process has locked: real path -> what holds the lock
 

@@ -14,8 +14,7 @@ STATE = {"Adam": ADAM, "AdamW": ADAM, "SGD": {"momentum_buf": "momentum"}}
 
 class TrainingGraph(nn.Graph):
     """One training step, compiled for the shapes of its first call; subclasses have `build`. All work on the net's own
-    tensors, the optimizer's, and `count`, the steps so far, int64 (1,), which drives schedule and bias correction:
-    resumed with another number of steps an epoch, they differ from eager ones."""
+    tensors, the optimizer's, and `count`, the steps so far, int64 (1,), which drives schedule and bias correction."""
 
     def __init__(self, net, criterion, optimizer, schedule, count, amp):
         super().__init__()

@@ -16,6 +16,7 @@ from skimage import morphology, segmentation
 
 SUFFIXES = {".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"}
 CONVERT = "python3 data/prepare.py labels SOURCE OUT"  # makes labels of ours from others'
+WHOLE = "is it a whole PNG, TIFF, JPEG or BMP file, of up to 2^30 pixels? Fiji's Save As > Tiff writes one"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file of each kind begins
 
 lock = threading.Lock()
@@ -40,7 +41,7 @@ def reading(path):
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # damaged files make tifffile and OpenCV raise a dozen unrelated classes
-        why = getattr(error, "strerror", None) or "is it whole, of up to 2^30 pixels? Fiji's Save As > Tiff writes one"
+        why = getattr(error, "strerror", None) or WHOLE
         raise InputError(f"{path}: can't be read ({why})") from None
 
 
@@ -53,7 +54,8 @@ def list_slices(path):
         files = [f for f in (path.iterdir() if path.is_dir() else [path]) if f.is_file()]
     images = [f for f in files if f == path or (f.suffix.lower() in SUFFIXES and f.name[0] != ".")]
     if not images:
-        raise InputError(f"{path}: no such file, or it holds no image (looked for {', '.join(sorted(SUFFIXES))})")
+        trouble = "holds no image" if path.exists() else "no such file or folder"
+        raise InputError(f"{path}: {trouble} (looked for {', '.join(sorted(SUFFIXES))})")
     others = sorted(f.name for f in set(files) - set(images) if f.name[0] != "." and f.name != "cells.csv")  # ours
     if others:
         print_once(f"{path}: left out {', '.join(others[:5])}{', …' * (len(others) > 5)}, files of kinds not read here")
@@ -110,8 +112,7 @@ def read_page(file, page=0, grey=False):
             found = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED, range=(page, page + 1))[1]
             cut_off = head[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:].tobytes()  # OpenCV fills up JPEGs
             if cut_off or not found:
-                whole = f"is it a whole PNG, TIFF{kind}, JPEG or BMP file? Fiji's File > Save As > Tiff writes one"
-                raise InputError(f"can't be read as an image, {whole}")
+                raise InputError(f"can't be read as an image{kind}, {WHOLE}")
             image = found[0]
         if grey and image.ndim > 2:
             image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)

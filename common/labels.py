@@ -28,8 +28,7 @@ def pair(path, label_path, suffix=""):
 
 
 def read_label(file, page=0, values=None):
-    """One label as float32 (H, W): 1 where it is interior, 0 where membrane. values: (membrane, interior) of the whole
-    set, from judge(); without them the label's own lowest and highest. Raises InputError, see read_grey()."""
+    """A label as float32 (H, W), 1 is interior. values: judge()'s, by default its own two. Raises as read_grey()."""
     label = read_grey(file, page)
     return (label == (values[1] if values else label.max())).astype(np.float32)
 

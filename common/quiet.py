@@ -29,4 +29,5 @@ finally:
     os.environ.update(environment)
     faulthandler.unregister(signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    faulthandler.cancel_dump_traceback_later()  # until start.got_further(), this waits for no other rank
+    if start.patience:
+        faulthandler.cancel_dump_traceback_later()  # until start.got_further(), this waits for no other rank

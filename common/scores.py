@@ -63,8 +63,7 @@ def find_faults(label, segments):
 
 
 def count(probability, label, thresholds=THRESHOLDS):
-    """What combine() needs of a slice -> float64 (len(thresholds), 9). probability: (H, W), floats in [0, 1], or bool.
-    label: (H, W), bool, True inside cells."""
+    """What combine() needs of P(interior), (H, W), float or bool, and a label, bool -> float64 (len(thresholds), 9)."""
     known, rows = {}, []
     for threshold in thresholds:
         found = probability > threshold

@@ -16,11 +16,10 @@ TILE = 1440  # pixels a side, by default: what margins add to a slice is a third
 
 
 def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0, scale=1):
-    """Raw slice (H, W) of any depth, 16 pixels a side or more -> P(interior) (H, W), float32 in [0, 1]; 0 on padding at
-    its edges, see find_border(). nets: one in eval mode on the device, or several, whose probabilities are averaged.
-    tile: sides over so many pixels are cut, 0: none; without seams but for bilinear nets, whose result depends a little
-    on the tile's size. tta: average over the 8 symmetries of the square. mirror: continue each side by so many mirrored
-    pixels, a multiple of 16. scale: resample the slice by it, P back. InputError if weights lead to no number."""
+    """Raw slice (H, W) of any depth, 16 pixels a side or more -> P(interior) (H, W), float32 in [0, 1], 0 on padding.
+    nets: one in eval mode on the device, or several, whose probabilities are averaged. tile: longer sides are cut, 0:
+    none; no seams but for bilinear nets. tta: average over the 8 symmetries of the square. mirror: continue sides by so
+    many mirrored pixels, a multiple of 16. scale: resample the slice by it. InputError if weights lead to no number."""
     nets = nets if isinstance(nets, list | tuple) else [nets]
     border, whole = find_border(image), np.zeros(image.shape, np.float32)
     if border.all():
@@ -41,7 +40,9 @@ def predict(nets, image, device="cpu", *, tile=TILE, tta=False, mirror=0, scale=
 
 
 def resample(array, height, width):
-    """Array (H, W) -> (height, width), float64."""
+    """Array (H, W) -> (height, width), float64; itself where it has these sides."""
+    if array.shape == (height, width):
+        return array
     way = cv2.INTER_AREA if height < len(array) else cv2.INTER_LINEAR
     return cv2.resize(array.astype(np.float64), (width, height), interpolation=way)
 
@@ -67,6 +68,6 @@ def predict_whole(net, image, device):
 
 def cut(side, tile):
     """A side in equal parts of multiples of 16 -> [(begin, end, begin of its tile, end of its tile)]."""
-    parts = np.ceil(side / (tile - 2 * MARGIN)) if 0 < tile < side else 1
+    parts = np.ceil(side / (tile // 16 * 16 - 2 * MARGIN)) if 0 < tile < side else 1
     step = 16 * int(np.ceil(side / parts / 16))
     return [(s, min(s + step, side), max(s - MARGIN, 0), min(s + step + MARGIN, side)) for s in range(0, side, step)]

@@ -56,9 +56,6 @@ class Library:
         return self.functions.dnnl_get_effective_cpu_isa() & instructions == instructions
 
 
-library = lru_cache(1)(Library)
-
-
 class Handle(ctypes.c_void_p):
     """An object of the library's, made by dnnl_{create}, destroyed with its handle. It can be a key of a cache."""
 
@@ -114,8 +111,9 @@ class Primitive:
         passed += [self.library.engine] * (name == "reorder")  # and behind its target
         self.description = Handle("primitive_desc", *passed, attributes, create=f"{name}_primitive_desc_create")
         self.handle = Handle("primitive", self.description)
-        # The descriptor that the primitive wants for an argument: the same object each time, to find its reorders again
-        self.wanted = lru_cache(None)(partial(self.library.wanted, self.description, 255))
+        self.wanted = lru_cache(None)(
+            partial(self.library.wanted, self.description, 255)
+        )  # its reorders are found by it
         self.scratch = self.library.size(self.wanted(SCRATCHPAD))
 
     def empty(self, argument):
@@ -140,7 +138,7 @@ class Primitive:
             self.library("primitive_execute", self.handle, self.library.stream, len(arrays), self.start)
 
 
-primitive = lru_cache(4096)(Primitive)
+library, primitive = lru_cache(1)(Library), lru_cache(4096)(Primitive)
 
 
 def copy(source, order=None, type=None, target=None, of=None, to=None):

@@ -8,9 +8,8 @@
     python3 data/prepare.py labels SOURCE OUT --threshold 128      # soft, resized or JPEG labels
     python3 data/prepare.py labels SOURCE OUT --cells              # a number a cell
 
-The first four write train_image/0.png …, train_label/0.png … (white = cell interior, black = membrane), test_image/ and
-source.txt (which data set this is) next to this script, or into --out DIR; the sample has a test_label/ for scoring.
-Folders that this script made are replaced as a whole or not at all, your own (no source.txt beside them) never touched.
+The first four write train_image/0.png …, train_label/ (white = cell interior), test_image/ and source.txt (which data
+set this is) next to this script, or into --out DIR; the sample has a test_label/. Only its own folders are replaced.
 """
 
 import hashlib
@@ -97,7 +96,7 @@ def prepare(args):
         lock(out)  # what can't be written is said before the download, not after it
         tempfile.TemporaryFile(dir=out).close()
         ours = OWNED.get(source.read_text(errors="replace").strip(), ()) if source.is_file() else ()
-        for name in OWNED[ISBI if args.command == "isbi" else SAMPLE]:
+        for name in OWNED[SAMPLE if args.command == "sample" else ISBI]:
             if os.path.lexists(out / name) and name not in ours:
                 raise InputError(f"{out / name} was not made by this script; move it away or pass --out DIR")
         marker, folders = load(args)
@@ -166,6 +165,8 @@ def convert(args):
         made.rename(args.out)
     share, count = np.mean(found, axis=0)
     print(f"{args.out}: {len(slices)} labels, {share:.1%} interior, {count:.0f} cells a slice, from {args.source}")
+    if share < 0.5 and not args.cells:
+        print(f"That is little interior: if membrane is the other colour, remove {args.out}, pass the other --membrane")
 
 
 def main(argv=None):

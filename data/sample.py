@@ -38,7 +38,6 @@ def make_stack(seed, count):
     bends = np.array([[9 * noise(rng, 20) + 1.5 * noise(rng, 5) for _ in range(2)] for _ in range(2)])
     stack = np.zeros((2, count, SIDE, SIDE), np.uint8)
     for z in range(count):
-        # From one noise to the other and back, so that neighbouring sections are alike.
         place = np.float32(np.mgrid[:SIDE, :SIDE] + np.cos(z / 6) * bends[0] + np.sin(z / 6) * bends[1])
         # A pixel's cell is the nearest one, of two neighbours that with more size gets more; border: pixels up to it.
         squares = np.sum((place[:, None] - (centres + z * drift).T[:, :, None, None]) ** 2, axis=0)

@@ -20,20 +20,21 @@ def run(*args, cwd):
 
 
 def test_reads_log_and_csv(tmp_path):
-    """The plain log is enough; the CSV beside it adds the validation loss."""
+    """The plain log is enough; the CSV of the same run beside it adds the validation loss."""
     log, table = tmp_path / "Unet_train.txt", tmp_path / "Unet_train.csv"
     log.write_text("0.7000\n0.5000\n0.4000\n")
     assert plot.read_log(log) == {"training": [(1, 0.7), (2, 0.5), (3, 0.4)], "validation": []}
-    for out in ("alone.png", "both.png", "table.png"):
+    for out in ("alone.png", "both.png", "other.png", "table.png"):
         done = run("Unet_train.csv" if out == "table.png" else log, "--out", out, cwd=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert done.stdout.startswith(f"{out}: 3 epochs of ")
         assert cv2.imread(str(tmp_path / out)).std() > 10
-        table.write_text(CSV)  # alone.png came without it
-    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("alone", "both", "table")]
-    assert pictures[0] != pictures[1] == pictures[2]
+        # alone.png came without a CSV, both.png with one, other.png with another run's
+        table.write_text(CSV if out == "alone.png" else CSV.replace("0.7", "0.6"))
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("alone", "both", "other")]
+    assert pictures[0] == pictures[2] != pictures[1]
     validation = [(1, 0.65), (2, 0.42), (3, 0.48)]
-    assert plot.read_log(table) == {"training": [(1, 0.7), (2, 0.5), (3, 0.4)], "validation": validation}
+    assert plot.read_log(table) == {"training": [(1, 0.6), (2, 0.5), (3, 0.4)], "validation": validation}
     # Resumed elsewhere, and validated only in part: the epochs are those of the CSV.
     table.write_text(CSV.replace("1,0.700000,0.650000,0.2,0.001,1,1\n", "").replace("0.420000", ""))
     assert plot.read_log(table) == {"training": [(2, 0.5), (3, 0.4)], "validation": [(3, 0.48)]}

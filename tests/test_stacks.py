@@ -99,5 +99,5 @@ def test_stacks_of_microscopes(tmp_path, capsys):
     np.testing.assert_array_equal(read_slice(tmp_path / "odd.tif"), stack[0])
     with tifffile.TiffFile(tmp_path / "odd.tif", mode="r+b") as tiff:
         tiff.pages[0].tags["Compression"].overwrite(50000)
-    with pytest.raises(InputError, match=r"ZSTD.*Fiji's File > Save As > Tiff"):
+    with pytest.raises(InputError, match=r"ZSTD.*Fiji's Save As > Tiff"):
         read_slice(tmp_path / "odd.tif")
