@@ -208,6 +208,7 @@ def test_bad_input_is_one_line(trained):
         (("--amp", "on", "--cpu_kernels", "off"), "--amp"),
         (("--save_res_path", "new/train_image"), "--save_res_path"),
         (("--save_res_path", "file"), "file"),
+        (("--Test_Data_path", "new/train_image/0.png", "--save_res_path", "new/train_image"), "there are the slices"),
         (("--pixel_size", "0"), "--pixel_size"),
         (("--pixel_size", "0.4"), "the 4 nm that the weights know"),
         (("--pixel_size", "0.7"), "0.png: a side is under 16 pixels"),
