@@ -119,7 +119,7 @@ def main():
     args = parse_args()
     place = begin.pick(args.device)
     nets, (threshold, grow), scale = load_nets(args, place)
-    smallest = round(scores.SMALLEST / scale**2) if args.min_cell is None else args.min_cell
+    least = round(scores.SMALLEST / scale**2) if args.min_cell is None else args.min_cell
     stacks = [Path(args.stack)] if args.stack else []
     stacks += [path.with_stem(f"{path.stem}_cells") for path in stacks if args.cells]
     slices, folder = find_slices(args, scale, stacks), Path(args.save_res_path)
@@ -137,7 +137,7 @@ def main():
             if mask.min() == mask.max():
                 tqdm.write(f"{folder}/{name}_mask.png is all {'interior' if mask.all() else 'membrane'}")
             if args.cells:
-                cells = find_cells(image, mask, smallest)
+                cells = find_cells(image, mask, least)
                 tables.append(measure(name, image, cells, args.pixel_size))
                 if cells.max() == MOST:
                     tqdm.write(f"{folder}/{name}_cells.png: only the first {MOST} of the cells have a number")
@@ -150,7 +150,7 @@ def main():
             table = csv.writer(codecs.getwriter("utf-8")(file, "surrogateescape"), lineterminator="\n")
             table.writerows([tables[0], *(row for columns in tables for row in zip(*columns.values(), strict=True))])
         n = sum(len(columns["cell"]) for columns in tables)
-        print(f"{n} cell{'s' * (n != 1)} of {smallest} pixels or more, {n / len(slices):.1f} a slice: cells.csv")
+        print(f"{n} cell{'s' * (n != 1)} of {least} pixels or more, {n / len(slices):.1f} a slice: {folder}/cells.csv")
     elif any((folder / f"{name}_cells.png").exists() for name, *_ in slices):
         print(f"{folder}/NAME_cells.png, NAME_colours.png and cells.csv are older; --cells makes them anew")
 
