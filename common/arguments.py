@@ -81,7 +81,7 @@ def training_parser(doc, augmentations):
     add("--val_every", type=count, default=5, help="validate each N epochs")
     add("--best_by", choices=("loss", "v_rand"), default="loss", help="what best.safetensors is best in")
     add = parser.add_argument_group("network and device").add_argument
-    add("--base_channels", type=number(int, 1, 1024), help=f"width of the first level (default: {WIDTH})")
+    add("--base_channels", type=number(int, 1, 1024), help="width of the first level (default: 64 on a GPU, else 16)")
     add("--bilinear", action="store_true", help="upsample by interpolation, not by learned weights")
     add("--dropout", type=number(float, 0, 0.99), default=0.5, help="share set to 0 after the two deepest levels")
     add_device(add)

@@ -83,18 +83,20 @@ def test_bad_input_is_one_line(oracle, tmp_path):
     write_oracle(tmp_path, oracle)
     cv2.imwritemulti(str(tmp_path / "two.tif"), [p.astype(np.float32) for p in oracle[0][:2]])
     cv2.imwritemulti(str(tmp_path / "logits.tif"), [9 * p.astype(np.float32) for p in oracle[0]])
-    for name in ("small", "renamed", "grey"):
+    for name in ("small", "renamed", "grey", "mixed"):
         (tmp_path / name).mkdir()
     for i, probability in enumerate(oracle[0]):
         image = np.rint(probability * 255).astype(np.uint8)
         cv2.imwrite(str(tmp_path / f"small/{i}.png"), image[1:] if i == 2 else image)
         cv2.imwrite(str(tmp_path / f"renamed/{i + 1}.png"), image)
         cv2.imwrite(str(tmp_path / f"grey/{i}.png"), image)
+        cv2.imwrite(str(tmp_path / f"mixed/{i}.tif"), probability.astype(np.float32) if i == 1 else image)
     cases = {
         ("nowhere", "test_label"): "nowhere",
         ("two.tif", "test_label"): "two.tif",
         ("logits.tif", "test_label"): "logits.tif",
         ("small", "test_label"): "small/2.png",
+        ("mixed", "test_label"): "mixed/1.tif",
         ("renamed", "test_label"): "has 0, but renamed does not",
         ("found", "grey"): "grey/0.png",
     }
