@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# Trains on ISBI slices 0 to 19, predicts slices 20 to 24 with and without --tta, and scores them: a row of docs/recipe.md.
+# Holds out five of ISBI's slices 0 to 24, trains on the others, predicts the five with and without --tta, and scores
+# them: a row of docs/recipe.md, or a fold of one.
 #
-#     bash benchmarks/recipe.sh SLICES --epochs 50
-#     bash benchmarks/recipe.sh SLICES --epochs 50 --seed 1 --dropout 0
+#     bash benchmarks/recipe.sh SLICES 20 --epochs 50
+#     bash benchmarks/recipe.sh SLICES 20 --epochs 50 --seed 1 --dropout 0
 #
-# SLICES: a folder of training slices 0 to 24 whose labels are beside it. Further flags go to TrainUnetDataSet.py. What is
-# made stays in a folder of its own, which the last line names.
+# SLICES: a folder of training slices 0 to 24 whose labels are beside it. 20: the first of the five. Further flags go to
+# TrainUnetDataSet.py. What is made stays in a folder of its own, which the last line names.
 set -euo pipefail
-slices=${1:?a folder of training slices} && shift
+slices=$(realpath "${1:?a folder of training slices}") && first=${2:?the first of the five to hold out} && shift 2
 here=$(cd "$(dirname "$0")/.." && pwd)
 source "$here/env.sh"
 out=$(mktemp -d)
-label=$(dirname "$slices")/$(basename "$slices" | sed 's/\(.*\)image/\1label/')
-mkdir "$out/held_image" "$out/held_label"
-for i in 20 21 22 23 24; do
-    ln -s "$(realpath "$slices")"/*"$i".* "$out/held_image/"
-    ln -s "$(realpath "$label")"/*"$i".* "$out/held_label/"
+for part in image label; do
+    mkdir "$out/train_$part" "$out/held_$part"
+    folder=$(dirname "$slices")/$(basename "$slices" | sed "s/\(.*\)image/\1$part/")
+    ls -v "$folder" | while read -r name; do
+        i=$((${i:--1} + 1))
+        ln -s "$folder/$name" "$out/$( ((i < first || i > first + 4)) && echo train || echo held)_$part/"
+    done
 done
-python3 "$here/TrainUnetDataSet.py" --data_path "$slices" --val_count 5 --val_every 1000 \
-    --checkpoint_dir "$out" --log_file "$out/log.txt" "$@"
+python3 "$here/TrainUnetDataSet.py" --data_path "$out/train_image" --checkpoint_dir "$out" --log_file "$out/log.txt" "$@"
 for flags in "" --tta; do
     # shellcheck disable=SC2086
     python3 "$here/predict_unet_test.py" --checkpoint "$out/last.safetensors" --Test_Data_path "$out/held_image" \
