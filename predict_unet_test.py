@@ -76,7 +76,7 @@ def load_nets(args, place):
         known.append((threshold, min(threshold, grow), size))
         arguments, epoch = metadata.get("arguments"), metadata.get("epoch")
         ours = isinstance(arguments, dict) and isinstance(epoch, int)  # a stranger may have written them
-        print(f"weights: {path}" + (f", after {epoch - 1} epochs on {arguments.get('data_path')!a}" if ours else ""))
+        print(f"weights: {path}" + (f", after epoch {epoch - 1} on {arguments.get('data_path')!a}" if ours else ""))
         if metadata.get("synthetic") is True and not begin.is_synthetic(args.Test_Data_path):
             print(f"{path} knows SYNTHETIC slices only, no tissue: --checkpoint {BOXED} was trained on some")
     threshold, grow = np.mean(known, axis=0)[:2] if args.threshold is None else [args.threshold] * 2
