@@ -14,16 +14,18 @@ import numpy as np
 from tqdm import tqdm
 
 KEPT_WEIGHTS = 2**28  # bytes of border weights in memory, 256 slices of 512 x 512 pixels
-AUGMENTATIONS = ("flip", "rotate", "elastic")
+AUGMENTATIONS = ("flip", "rotate", "elastic", "intensity")
 
 
 def augment(maps, rng, kinds, crop=None):
-    """The same random crop, flips, rotations and deformation for maps [image, label, ...], each float32 (H, W).
+    """The same random crop, flips, rotations, deformation for maps [image, label, ...], float32 (H, W); see vary() too.
     rng: NumPy's. kinds: of AUGMENTATIONS. crop: how many pixels a side are left."""
     height, width = (crop, crop) if crop else maps[0].shape
     top, left = rng.integers(maps[0].shape[0] - height + 1), rng.integers(maps[0].shape[1] - width + 1)
     window = np.s_[top : top + height, left : left + width]
     maps = deform(maps, rng, window) if "elastic" in kinds else [m[window] for m in maps]
+    if "intensity" in kinds:
+        maps = [vary(maps[0], rng), *maps[1:]]
     if "flip" in kinds:
         axes = tuple(axis for axis in (0, 1) if rng.integers(2))
         maps = [np.flip(m, axes) for m in maps]
@@ -50,6 +52,17 @@ def deform(maps, rng, window):
     return [image, (label > 0.5).astype(np.float32), *others]
 
 
+def vary(image, rng):
+    """A normalised image (H, W), float32, as another microscope may show it: its contrast times 0.75 to 1.33, up to 0.2
+    brighter or darker, in half of the cases each blurred by up to a pixel and with noise of up to 0.25, both sigmas."""
+    image = image * np.float32(np.exp(rng.uniform(-0.29, 0.29))) + np.float32(rng.uniform(-0.2, 0.2))
+    if rng.integers(2):
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, 1))
+    if rng.integers(2):
+        image = image + rng.normal(0, rng.uniform(0, 0.25), image.shape).astype(np.float32)
+    return image
+
+
 def border_weights(label, w0):
     """Loss weights that dwell on thin membranes, as in the U-Net paper, equation 2. label: float32 (H, W), 1 inside
     cells. Returns float32 (H, W) with mean 1, proportional to 1 inside cells, on membrane to 1 + w0 exp(-(d1 + d2)^2 /
@@ -71,7 +84,7 @@ class SelfDataSet:
     """Pairs of slice and label, for a DataLoader. `dataset[i]` gives (image, label), float32 arrays of shape (1, H, W):
     image normalised, label 0 (membrane) or 1 (interior); with border_weight (image, label, weight).
     data_path, label_path: folders, which pair by name, or stacks; by default data_path's sibling, `label` for `image`.
-    augment: any of AUGMENTATIONS: flips in both directions, rotations by right angles, smooth deformation.
+    augment: any of AUGMENTATIONS: flips, rotations by right angles, smooth deformation, contrast to noise of vary().
     crop: side of a random square cut from each slice, None: whole. repeat: how often an epoch sees each slice.
     border_weight: w0 of border_weights(), 0: none. keep: a Python slice of the sorted pairs, those to use.
     seed: an item is drawn from (seed, epoch, index), however many workers; set `epoch` before each epoch.

@@ -47,12 +47,7 @@ def parse_args():
     add("--grow", type=share, metavar="G", help="grow into P > G (G < T) until cells meet (default: the checkpoint's)")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--tta", action="store_true", help="average 8 flips and rotations: better, 8 times slower")
-    add(
-        "--tile",
-        type=number(int, 2 * MARGIN + 16, besides=0),
-        default=TILE,
-        help="cut sides over so many pixels; 0: none",
-    )
+    add("--tile", type=number(int, 2 * MARGIN + 16, besides=0), default=TILE, help="cut longer sides; 0: none")
     add("--mirror", type=int, choices=range(0, MARGIN + 1, 16), default=0, help="mirrored pixels: better at the edges")
     add_device(add)
     return parser.parse_args()
@@ -101,11 +96,9 @@ def find_slices(args, scale, stacks):
             raise InputError(f"{file}: a side is under {MIN_SIDE} pixels, its own or the weights'")
         if stacks and shapes[-1] != shapes[0]:
             raise InputError(f"{file}: is of another size than the first slice, leave out --stack")
-    inputs = {path.resolve() for _, file, _ in slices for path in (file, file.parent)}
+    inputs, given = {path.resolve() for _, file, _ in slices for path in (file, file.parent)}, Path(args.Test_Data_path)
     for path in (Path(args.save_res_path), *stacks):
-        if path.resolve() in inputs or (
-            path in stacks and path.parent.resolve() == Path(args.Test_Data_path).resolve()
-        ):
+        if path.resolve() in inputs or (path in stacks and path.parent.resolve() == given.resolve()):
             raise InputError(f"{path}: there are the slices, choose another --save_res_path or --stack")
     for path in (*stacks, Path(args.save_res_path, "cells.csv")):
         files.check_output(path)

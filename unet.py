@@ -109,9 +109,7 @@ class UNet(nn.Module):
 
     def forward(self, x):
         if min(x.shape[2:]) < MIN_SIDE:  # OneFlow would abort the process in the fourth pooling
-            raise ValueError(
-                f"{tuple(x.shape[2:])} are too small for this U-Net, sides need at least {MIN_SIDE} pixels"
-            )
+            raise ValueError(f"{tuple(x.shape[2:])} are too small, this U-Net's sides need at least {MIN_SIDE} pixels")
         x1 = self.inc(x)  # (N, b, H, W)
         x2 = self.down1(x1)  # (N, 2b, H/2, W/2)
         x3 = self.down2(x2)  # (N, 4b, H/4, W/4)

@@ -5,6 +5,7 @@ import sys
 
 MIN_CROP = 32  # pixels: one pixel at the deepest level has no variance for batch normalisation
 DATA = "data/train_image"
+USUAL = ["flip", "rotate", "elastic"]  # augmentations
 WIDTH = {"cuda": 64, "cpu": 16}  # base channels where --base_channels is left open
 
 # What a resumed run takes over from its checkpoint. Paths have to be said again where they are not the default: a
@@ -42,9 +43,8 @@ def number(kind, minimum, maximum=2**31 - 1, besides=None):
     def parse(text):
         value = kind(text)
         if not minimum <= value <= maximum and value != besides:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not from {minimum:g} to {maximum:g}" + ", nor 0" * (besides == 0)
-            )
+            nor = ", nor 0" * (besides == 0)
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}{nor}")
         return value
 
     parse.__name__ = "number"  # argparse says "invalid number value" where kind(text) fails
@@ -92,7 +92,7 @@ def training_parser(doc, augmentations):
     add("--lr", type=number(float, 1e-30, 1e38), default=1e-3, help="learning rate")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="whether it falls to 0 or stays")
     add("--crop", type=number(int, MIN_CROP, besides=0), help="side of crops; 0: whole slices (default: 256 at most)")
-    add("--augment", nargs="*", choices=augmentations, default=list(augmentations), help="at random; no value: nothing")
+    add("--augment", nargs="*", choices=augmentations, default=USUAL, help="at random; no value: nothing")
     add("--border_weight", type=number(float, 0, 1e6), default=10.0, help="extra loss on membrane between near cells")
     add("--seed", type=number(int, 0), default=0, help="of all that is random")
     add("--rank_timeout", type=number(float, 0.1), default=1800.0, help="seconds that processes wait for one another")
@@ -117,9 +117,7 @@ def parse_args(doc, augmentations, argv=None):
         tensors, kept, metadata = read(path)
         saved = metadata.get("arguments") if given.resume else {}
         if not isinstance(saved, dict) or (given.resume and not kept and "optimizer" not in metadata):
-            raise InputError(
-                f"{path}: holds weights only, too little to go on from; --init begins a training with them"
-            )
+            raise InputError(f"{path}: holds weights only, which is too little: --init begins a training with them")
         left = {name: saved.get(name) for name in PATHS if getattr(given, name) is None}
         if other := [f"--{name} {was}" for name, was in left.items() if was not in (None, parser.get_default(name))]:
             raise InputError(f"{path}: was made with {' '.join(other)}, pass these flags with what they should be now")

@@ -36,9 +36,7 @@ class Run:
             metadata = checkpoint.resume(args.resume, net, optimizer)
             self.first_epoch, self.best, self.rows = (metadata[key] for key in ("epoch", "best", "rows"))
             start.keep(f"nothing new was finished, {args.resume} is as it was")
-            print(
-                f"resuming {args.resume}: has {self.first_epoch - 1} of {args.epochs} epochs, a larger --epochs goes on"
-            )
+            print(f"resuming {args.resume}: has {self.first_epoch - 1} of {args.epochs} epochs, more with --epochs N")
             for name in ("slices", "processes", *RESUMED, "augment"):
                 was, now = metadata["arguments"].get(name), self.arguments[name]
                 if was not in (None, now):  # older checkpoints don't say all

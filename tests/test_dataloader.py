@@ -140,6 +140,25 @@ def test_elastic_deformation_keeps_the_grain():
     assert grain[1] > 0.9 * grain[0]
 
 
+def test_intensity_changes_the_image_alone():
+    """Contrast, brightness, focus and grain vary within their bounds, and the label and weights not at all."""
+    rng = np.random.default_rng(0)
+    image, label = rng.normal(size=(2, 128, 128)).astype(np.float32)
+    smooth = cv2.GaussianBlur(image, (0, 0), 4) * 14  # which a blur of a pixel leaves as it is
+    means, slopes, grains = [], [], []
+    for _ in range(200):
+        seen, same = augment([smooth, label], rng, ("intensity",))
+        assert seen.dtype == np.float32 and np.array_equal(same, label)
+        slope, mean = np.polyfit(smooth.ravel(), seen.ravel(), 1)
+        means, slopes = [*means, mean], [*slopes, slope]
+        grains.append(np.std(seen - slope * smooth - mean))
+    assert -0.21 < min(means) < -0.15 and 0.15 < max(means) < 0.21
+    assert 0.7 < min(slopes) < 0.8 and 1.25 < max(slopes) < 1.4
+    assert min(grains) < 0.02 and 0.2 < max(grains) < 0.27
+    fine = [np.std(augment([image], rng, ("intensity",))[0]) for _ in range(200)]
+    assert min(fine) < 0.35 and max(fine) > 1.25  # a blur takes most of the finest grain
+
+
 def test_border_weights_are_the_papers(slices):
     """1 + w0 exp(-(d1 + d2)^2 / 50) on membrane, 1 in cells, over their mean; computed by hand."""
     label = np.ones((40, 90), np.float32)
