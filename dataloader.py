@@ -55,12 +55,12 @@ def deform(maps, rng, window):
 def vary(image, rng):
     """A normalised image (H, W), float32, as another microscope may show it: its contrast times 0.75 to 1.33, up to 0.2
     brighter or darker, in half of the cases each blurred by up to a pixel and with noise of up to 0.25, both sigmas."""
-    image = image * np.float32(np.exp(rng.uniform(-0.29, 0.29))) + np.float32(rng.uniform(-0.2, 0.2))
+    seen = image * np.float32(np.exp(rng.uniform(-0.29, 0.29))) + np.float32(rng.uniform(-0.2, 0.2))
     if rng.integers(2):
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, 1))
+        seen = cv2.GaussianBlur(seen, (0, 0), rng.uniform(0.2, 1))
     if rng.integers(2):
-        image = image + rng.normal(0, rng.uniform(0, 0.25), image.shape).astype(np.float32)
-    return image
+        seen = seen + rng.normal(0, rng.uniform(0, 0.25), image.shape).astype(np.float32)
+    return np.where(image, seen, np.float32(0))  # padding is 0, in prediction too
 
 
 def border_weights(label, w0):

@@ -34,16 +34,16 @@ Job = namedtuple("Job", "kind slice label scale values threshold")
 def find_scale(path, slices):
     """The value that stands for P(interior) = 1 in a prediction's slices, each (name, file, page): 1 for floats, 1 or
     255 for masks, else, and for NAME_prob, their type's largest one. Raises InputError for values of other kinds."""
-    kind, highest, masks = read_slice(*slices[0][1:]).dtype, 0, {1, 255}
+    highest, full, masks = 0, None, {1, 255}
     for _, file, page in slices:
         image = read_slice(file, page)
-        if image.dtype != kind:
-            raise InputError(f"{file}: holds {image.dtype} values, those before it {kind}: save all slices alike")
-        if kind.kind != "u" and not -1e-6 <= image.min() <= image.max() <= 1 + 1e-6:  # averages of ones are rounded
+        most = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+        if full not in (None, most):
+            raise InputError(f"{file}: holds {image.dtype} values, those before it others: save all slices alike")
+        if most == 1 and not -1e-6 <= image.min() <= image.max() <= 1 + 1e-6:  # averages of ones are rounded
             raise InputError(f"{file}: holds {image.min():g} to {image.max():g}, not probabilities from 0 to 1")
         masks = {value for value in masks if np.isin(image, (0, value)).all()}
-        highest = max(highest, image.max())
-    full = np.iinfo(kind).max if kind.kind == "u" else 1
+        highest, full = max(highest, image.max()), most
     if full == 1 or highest == 0 or all(file.stem.endswith("_prob") for _, file, _ in slices):
         return full
     if masks and masks != {full}:

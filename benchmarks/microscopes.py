@@ -8,12 +8,11 @@ normalisation, which evens out a slice's own, as where membranes are darker, bes
 Noise and blur have sigmas of 0.2 standard deviations and 0.7 pixels.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import start, tiles
+from common import begin, start, tiles
 from common.arguments import Parser
 from common.cells import find_mask
 from common.checkpoint import load_net
@@ -39,13 +38,13 @@ def main():
     parser.add_argument("slices")
     parser.add_argument("labels")
     parser.add_argument("nets", nargs="+", metavar="FILE")
+    parser.set_defaults(amp="auto", cpu_kernels="auto")  # as prediction does
     args = parser.parse_args()
     nets = []
     for path in args.nets:
         found, metadata = load_net(path)
-        nets += [
-            accelerate(net, metadata.get("amp") is True) for net in (found if isinstance(found, list) else [found])
-        ]
+        amp = begin.mixed_precision(args, "cpu", wanted=metadata.get("amp") is True)
+        nets += [accelerate(net, amp) for net in (found if isinstance(found, list) else [found])]
     pairs = [(image[1:], label[1:]) for image, label in pair(args.slices, args.labels) if label]
     looks = [read_pair(*both) for both in pairs]
     values = judge(args.labels, [look for *_, look in looks])
@@ -60,5 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
     start.run(main)

@@ -5,7 +5,7 @@ import sys
 
 MIN_CROP = 32  # pixels: one pixel at the deepest level has no variance for batch normalisation
 DATA = "data/train_image"
-USUAL = ["flip", "rotate", "elastic"]  # augmentations
+USUAL = ["flip", "rotate", "elastic"]  # augmentations; docs/recipe.md says why not intensity
 WIDTH = {"cuda": 64, "cpu": 16}  # base channels where --base_channels is left open
 
 # What a resumed run takes over from its checkpoint. Paths have to be said again where they are not the default: a
@@ -126,7 +126,7 @@ def parse_args(doc, augmentations, argv=None):
         flags = ["--bilinear"] * bilinear
         flags += [f"--{name}={saved[name]}" for name in RESUMED if type(saved.get(name)) in (int, float, str)]  # a word
         if isinstance(saved.get("augment"), list):
-            flags += ["--augment", *(kind for kind in augmentations if kind in saved["augment"])]
+            flags += ["--augment", *(kind for kind in saved["augment"] if kind in augmentations)]
     args = parser.parse_args(flags + (sys.argv[1:] if argv is None else argv))  # which checks the saved ones too
     if args.checkpoint_dir.endswith(".safetensors"):
         parser.error(f"--checkpoint_dir {args.checkpoint_dir}: names a folder to write to; --init FILE begins with it")

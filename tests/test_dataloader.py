@@ -146,7 +146,10 @@ def test_intensity_changes_the_image_alone():
     image, label = rng.normal(size=(2, 128, 128)).astype(np.float32)
     smooth = cv2.GaussianBlur(image, (0, 0), 4) * 14  # which a blur of a pixel leaves as it is
     means, slopes, grains = [], [], []
+    padded = np.where(np.arange(128)[:, None] < 20, np.float32(0), smooth)
     for _ in range(200):
+        framed = augment([padded], rng, ("intensity",))[0]
+        assert not framed[:20].any() and framed[20:].all()  # padding is 0, as in prediction
         seen, same = augment([smooth, label], rng, ("intensity",))
         assert seen.dtype == np.float32 and np.array_equal(same, label)
         slope, mean = np.polyfit(smooth.ravel(), seen.ravel(), 1)
