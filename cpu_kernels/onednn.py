@@ -111,9 +111,8 @@ class Primitive:
         passed += [self.library.engine] * (name == "reorder")  # and behind its target
         self.description = Handle("primitive_desc", *passed, attributes, create=f"{name}_primitive_desc_create")
         self.handle = Handle("primitive", self.description)
-        self.wanted = lru_cache(None)(
-            partial(self.library.wanted, self.description, 255)
-        )  # its reorders are found by it
+        # The same object for an argument each time: its reorders are found by it.
+        self.wanted = lru_cache(None)(partial(self.library.wanted, self.description, 255))
         self.scratch = self.library.size(self.wanted(SCRATCHPAD))
 
     def empty(self, argument):
