@@ -89,7 +89,7 @@ CASES = {
     "Another optimizer: SGD with momentum": ([f"{twin}.py" for twin in TWINS], (TWINS[0], TWINS[2]), NARROW),
     "Another optimizer: AdamW": ([f"{twin}.py" for twin in TWINS], TWINS[1:2], NARROW),
     "Another loss: a Dice term": ([f"{twin}.py" for twin in TWINS], TWINS[2:], NARROW),
-    "Another augmentation: brightness": (["dataloader.py"], TWINS[:1], (*NARROW, "--augment", "flip", "brightness")),
+    "Another augmentation: negatives": (["dataloader.py"], TWINS[:1], (*NARROW, "--augment", "flip", "negative")),
     "Another column: the norm of the gradient": ([f"{twin}.py" for twin in EAGER], EAGER, NARROW),
     "Another default: 32 channels": (["common/arguments.py"], TWINS[:1], ()),
 }
