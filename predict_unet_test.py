@@ -46,7 +46,7 @@ def parse_args():
     add("--threshold", type=share, metavar="T", help="interior is P > T, without growing (default: the checkpoint's)")
     add("--grow", type=share, metavar="G", help="grow into P > G (G < T) until cells meet (default: the checkpoint's)")
     add = parser.add_argument_group("how it is computed").add_argument
-    add("--tta", action="store_true", help="average 8 flips and rotations: better, 8 times slower")
+    add("--tta", action="store_true", help="average 8 flips and rotations: fewer wrong pixels, 8 times slower")
     add("--tile", type=number(int, 2 * MARGIN + 16, besides=0), default=TILE, help="cut longer sides; 0: none")
     add("--mirror", type=int, choices=range(0, MARGIN + 1, 16), default=0, help="mirrored pixels: better at the edges")
     add_device(add)
