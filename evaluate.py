@@ -88,6 +88,8 @@ def find_jobs(args):
         real = Path(path).resolve()
         if real in taken or (real.parent in folders and real.suffix.lower() in SUFFIXES):
             raise InputError(f"{path}: is one of the images, or would be: choose another place for --json or --picture")
+        if path == args.picture and real.suffix.lower() != ".png":
+            raise InputError(f"--picture {path}: would be a PNG by another name, call it .png")
         files.check_output(path)
         taken.add(real)
     how = values, 0.5 if args.threshold is None else args.threshold
@@ -145,8 +147,7 @@ def main():
     counts = dict(zip(kinds, np.split(np.array(counts), len(kinds)), strict=True))
     own, rows = counts[kinds[0]][:, -1:], rows[: len(jobs) // len(kinds)]
     at = {name: value.item() for name, value in scores.combine(own).items()}
-    threshold = "mask" if kinds[0] == "mask" else jobs[0].threshold
-    title = "mask" if kinds[0] == "mask" else f"at {threshold:g}"
+    threshold, title = ("mask",) * 2 if kinds[0] == "mask" else (jobs[0].threshold, f"at {jobs[0].threshold:g}")
     floors = {kind: summary(some[:, :-1]) for kind, some in counts.items() if kind != "mask"}
     result = {"thresholds": scores.THRESHOLDS.tolist(), **floors.pop("prediction"), "threshold": threshold}
     result |= {"at_threshold": at, "floors": floors, "slices": rows if args.per_slice else []}

@@ -43,8 +43,8 @@ def main():
             losses, log = more, table  # else it is another run's
     losses = {name: points for name, points in losses.items() if points}
     check_output(out)
-    if out.exists() and b"Matplotlib" not in out.read_bytes()[:200]:  # as it is in ours
-        raise InputError(f"--out {out}: is no picture of plot.py's, choose another name")
+    if out.suffix.lower() != ".png" or (out.exists() and b"Matplotlib" not in out.read_bytes()[:200]):  # as in ours
+        raise InputError(f"--out {out}: is no picture of plot.py's, or no .png: choose another name")
     os.environ.pop("MPLBACKEND", None)  # a notebook's isn't there for us, and matplotlib refuses to be imported then
     from matplotlib.figure import Figure
 

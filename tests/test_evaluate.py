@@ -228,6 +228,8 @@ def test_a_picture_of_the_worst_slice(tmp_path):
     for flags in ("--json a.png --picture a.png", "--picture found/new.png", "--picture test_label/0.png"):
         done = evaluate(*flags.split(), cwd=tmp_path)
         assert done.returncode == 2 and "is one of the images, or would be" in done.stderr
+    done = evaluate("--picture", "worst.jpg", cwd=tmp_path)
+    assert done.returncode == 2 and one_line(done.stderr) and "call it .png" in done.stderr
 
 
 def test_white_membranes_are_noticed(tmp_path):

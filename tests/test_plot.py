@@ -41,7 +41,7 @@ def test_reads_log_and_csv(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    """A missing, empty or other file, or an unwritable picture: exit 2 and one line."""
+    """A missing, empty or other file, an unwritable picture or one of another format: exit 2 and one line."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "prose.txt").write_text("not a number\n")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -49,7 +49,7 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "good.txt").write_text("0.5\n")
     cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv", "torn.csv")]
     (tmp_path / "folder.png").mkdir()
-    for args in (*cases, ("good.txt", "--out", "folder.png")):
+    for args in (*cases, ("good.txt", "--out", "folder.png"), ("good.txt", "--out", "loss.pdf")):
         done = (script if args == cases[0] else run_inside)("plot.py", *args, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert args[-1] in done.stderr
