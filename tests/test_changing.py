@@ -25,7 +25,7 @@ twin = importlib.import_module(sys.argv[1])
 import predict_unet_test
 from common.arguments import parse_args
 from common import files
-flags = ["--device", "cpu", "--repeat", "1", "--crop", "32", "--dropout", "0", *sys.argv[2:]]
+flags = sys.argv[2:]
 for more in (["--epochs", "1"], ["--epochs", "2", "--resume", "checkpoints/last.safetensors"]):
     twin.main(parse_args("", twin.AUGMENTATIONS, flags + more))
 sys.argv[1:] = "--device cpu --checkpoint checkpoints/last.safetensors --Test_Data_path data/train_image".split()
@@ -72,7 +72,7 @@ def run(copy, twin, slices, *flags):
     folder.mkdir(exist_ok=True)
     (folder / "data").symlink_to(slices.parent)
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, twin, *map(str, flags)],
+        [sys.executable, "-c", DRIVER, twin, *SMALL, *map(str, flags)],
         cwd=folder,
         env={**os.environ, "COPY": str(copy)},
         capture_output=True,
@@ -84,6 +84,7 @@ def run(copy, twin, slices, *flags):
     return folder
 
 
+SMALL = ("--device", "cpu", "--repeat", "1", "--crop", "32", "--dropout", "0")
 NARROW = ("--base_channels", 4)
 CASES = {
     "Another optimizer: SGD with momentum": ([f"{twin}.py" for twin in TWINS], (TWINS[0], TWINS[2]), NARROW),
@@ -111,6 +112,12 @@ def test_a_change_is_a_few_lines_of_one_file(title, copy, slices, tmp_path):
                 train(*resumed, cwd=tmp_path / f"unchanged{i}", small=("--device", "cpu"))
             kept = {name.split(".")[1] for name in tensors_of(folder / LAST) if name.startswith("optimizer.")}
             assert kept == ({"momentum_buf"} if "SGD" in title else {"exp_avg", "exp_avg_sq"})
+        if "loss" in title or "augmentation" in title:  # the same run without the change has another loss
+            same = [word for word in flags if word != "negative"]
+            unchanged = ("--data_path", slices, "--val_count", 2, "--epochs", 1, *same)
+            train(*unchanged, cwd=tmp_path / "plain", small=SMALL)
+            plain = rows_of(tmp_path / "plain/Unet_train.csv")[0]["train_loss"]
+            assert abs(float(rows[0]["train_loss"]) - float(plain)) > 0.01
         if "column" in title:
             assert all(float(row["gradient_norm"]) > 0 for row in rows)
         if "channels" in title:

@@ -133,7 +133,7 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         train("--resume", last, "--epochs", 2, cwd=tmp_path, small=())
 
     tensors, metadata = tensors_of(last), metadata_of(last)
-    hostile = {"augment": ["--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
+    hostile = {"augment": ["rotate", "--log_file=stolen.txt", "flip"], "seed": "1 --checkpoint_dir=stolen"}
     for name, value in hostile.items():
         saved = {**metadata["arguments"], "val_path": None, name: value}
         saved |= {"checkpoint_dir": "stolen", "log_file": "stolen.txt"}
@@ -142,6 +142,7 @@ def test_a_checkpoint_decides_little(slices, tmp_path):
         flags += ("--checkpoint_dir", "mine", "--log_file", "mine.txt")
         if name == "augment":
             train(*flags, cwd=tmp_path, small=())
+            assert metadata_of(last)["arguments"]["augment"] == ["rotate", "flip"]  # in its order
         else:
             with pytest.raises(InputError, match="--seed"):
                 train(*flags, cwd=tmp_path, small=())
