@@ -42,9 +42,9 @@ def main():
         if [f"{loss:.4f}" for _, loss in more["training"]] == [f"{loss:.4f}" for _, loss in losses["training"]]:
             losses, log = more, table  # else it is another run's
     losses = {name: points for name, points in losses.items() if points}
-    check_output(out)
-    if out.suffix.lower() != ".png" or (out.exists() and b"Matplotlib" not in out.read_bytes()[:200]):  # as in ours
+    if out.suffix.lower() != ".png" or (out.is_file() and b"Matplotlib" not in out.read_bytes()[:200]):  # as in ours
         raise InputError(f"--out {out}: is no picture of plot.py's, or no .png: choose another name")
+    check_output(out)
     os.environ.pop("MPLBACKEND", None)  # a notebook's isn't there for us, and matplotlib refuses to be imported then
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def main():
     text = f"lowest {name} loss: {loss:.4f}, epoch {epoch}"  # of validation, where that was done
     axes.plot(epoch, loss, "*", color="black", markersize=12, label=text)
     axes.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     with write_whole(out, sync=False) as file:

@@ -49,10 +49,11 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "good.txt").write_text("0.5\n")
     cases = [(name,) for name in ("nothing.txt", "empty.txt", "prose.txt", "other.csv", "torn.csv")]
     (tmp_path / "folder.png").mkdir()
-    for args in (*cases, ("good.txt", "--out", "folder.png"), ("good.txt", "--out", "loss.pdf")):
+    for args in (*cases, ("good.txt", "--out", "folder.png"), ("good.txt", "--out", "new/loss.pdf")):
         done = (script if args == cases[0] else run_inside)("plot.py", *args, cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr), done.stderr
         assert args[-1] in done.stderr
+    assert not (tmp_path / "new").exists()
     done = run(cwd=tmp_path)
     assert done.returncode == 2 and one_line(done.stderr)
 
